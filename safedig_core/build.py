@@ -1,0 +1,234 @@
+"""From a store to a dictionary, and from a dictionary to an adapter for one more domain.
+
+The store's pairs are split: three in four train the SAE and the adapters, every fourth chooses
+the harmful features. The gate is calibrated on prompts and noise of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .activations import ActivationStore
+from .calibration import calibrated_gate, probe
+from .hosts import Host
+from .dictionary import (
+    Action,
+    Card,
+    Dictionary,
+    Domain,
+    PositionInfo,
+    save_adapter,
+    save_dictionary,
+)
+from .prompts import PromptPair
+from .sae import SAE, quality
+from .training import TrainSettings, adapt_decoder, pooled_code, select_features, train_sae
+
+CALIBRATION_SEED = 1_000_000
+SELECT_EVERY = 4
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a domain is steered at the routed positions."""
+
+    blend: float = 1.0
+    repel: float = 1.0
+    window: tuple[float, float] = (1.0, 0.0)
+    specificity: float = 0.9
+    most_features: int = 64
+    replay_weight: float = 0.2
+    stability: float = 0.01
+    false_positive_rate: float = 0.01
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+
+def split(indices: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Pair indices for training, and those for feature selection."""
+    return (
+        [p for i, p in enumerate(indices) if i % SELECT_EVERY],
+        [p for i, p in enumerate(indices) if i % SELECT_EVERY == 0],
+    )
+
+
+def _safe_images(store: ActivationStore, position: str, indices: Sequence[int]) -> list[Tensor]:
+    """Safe sides [S, K, d] of pairs and of purely safe prompts."""
+    return [image[-1].float() for image in store.images(position, indices)]
+
+
+def choose_features(
+    store: ActivationStore, position: str, sae: SAE, domain: str, recipe: Recipe
+) -> tuple[list[int], list[float]]:
+    """The harmful features of `domain` at `position`, with evidence weights, on the selection split."""
+    chosen = {d: split(store.indices(d))[1] for d in {p.domain for p in store.prompts}}
+    unsafe = [image[0].float() for image in store.images(position, chosen[domain])]
+    safe = [image for indices in chosen.values() for image in _safe_images(store, position, indices)]
+    return select_features(
+        pooled_code(sae, torch.stack(unsafe)),
+        pooled_code(sae, torch.stack(safe)),
+        specificity=recipe.specificity,
+        most=recipe.most_features,
+    )
+
+
+def fit_adapter(
+    store: ActivationStore, position: str, rows: SAE, domain: str, source: str, recipe: Recipe
+) -> Tensor:
+    """dW [R, d] of the harmful rows for `domain`, with replay of `source` where that is another."""
+    training = split(store.indices(domain))[0]
+    replay = split(store.indices(source))[0] if domain != source else []
+    safe = split(store.indices("safe"))[0]
+    return adapt_decoder(
+        rows,
+        (store.pairs(position, [p]) for p in training),
+        (store.pairs(position, [p]) for p in replay),
+        (image.flatten(0, 1) for image in _safe_images(store, position, safe)),
+        replay_weight=recipe.replay_weight,
+        stability=recipe.stability,
+    )
+
+
+def _plan(positions: Sequence[str], domain: str, recipe: Recipe) -> list[Action]:
+    strengths = {"blend": recipe.blend, "repel": recipe.repel}
+    return [
+        Action(position, operator, "residual", strength, recipe.window, domain=domain)
+        for position in positions
+        for operator, strength in strengths.items()
+        if strength > 0
+    ]
+
+
+def calibrate(
+    host: Host,
+    dictionary: Dictionary,
+    domain: str,
+    pairs: Sequence[PromptPair],
+    recipe: Recipe,
+    progress: Progress | None = None,
+) -> Domain:
+    """The domain with a gate for its plan, from prompts and noise that nothing was trained on."""
+    windows = {a.position: a.window for a in dictionary.card.plan if a.domain == domain}
+    safe = [pair.safe for pair in pairs]
+    unsafe = [pair.unsafe for pair in pairs if pair.domain == domain and pair.unsafe is not None]
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"calibrate {domain}", done, total)
+
+    seen = probe(host, dictionary, [domain], windows, safe + unsafe, CALIBRATION_SEED, progress=report)
+    seen = seen[:, :, 0]
+    gate = calibrated_gate(
+        list(windows), seen[: len(safe)], seen[len(safe) :], recipe.false_positive_rate
+    )
+    return replace(dictionary.card.domains[domain], gate=gate)
+
+
+def build_dictionary(
+    path: Path,
+    host: Host,
+    store: ActivationStore,
+    positions: Sequence[str],
+    source: str,
+    pairs: Sequence[PromptPair],
+    recipe: Recipe,
+    *,
+    title: str,
+    creator: str,
+    licence: dict[str, str],
+    checkpoints: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, list[dict[str, float]]]:
+    """Trains one SAE per position on the source domain, adapts it to its own safe rewrites,
+    calibrates the gate on `pairs` and writes `path`. Returns the training curves by position."""
+    training = [
+        p for name in (source, "safe") for p in split(store.indices(name))[0]
+    ]  # target pairs are never seen here: the encoder belongs to the source domain
+    saes: dict[str, SAE] = {}
+    infos: dict[str, PositionInfo] = {}
+    curves: dict[str, list[dict[str, float]]] = {}
+    domain = Domain({}, {}, None)
+    adapters: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+    for position in positions:
+
+        def batches(epoch: int, position: str = position):
+            return store.batches(position, recipe.train.batch, recipe.train.seed + epoch, pairs=training)
+
+        def report(step: int, figures: dict[str, float], position: str = position) -> None:
+            if progress is not None:
+                what = f"train {position}  fvu {figures['fvu']:.3f}  dead {figures['dead']:.2f}"
+                progress(what, step, recipe.train.steps)
+
+        checkpoint = checkpoints / f"{position}.ckpt.safetensors" if checkpoints else None
+        sae, curves[position] = train_sae(batches, recipe.train, checkpoint=checkpoint, progress=report)
+        features, weights = choose_features(store, position, sae, source, recipe)
+        rest = sorted(set(range(sae.features)) - set(features))
+        sae = sae.rows(torch.tensor(features + rest))  # harmful features first
+        held_out = store.tokens(position, split(store.indices(source))[1])
+        infos[position] = PositionInfo(len(features), quality(sae, held_out))
+        index = list(range(len(features)))
+        saes[position] = sae
+        domain.features[position], domain.weights[position] = index, weights
+        delta = fit_adapter(store, position, sae.rows(slice(0, len(index))), source, source, recipe)
+        adapters[position, source] = (torch.tensor(index, dtype=torch.int64), delta)
+    card = Card(
+        store.architecture,
+        positions=infos,
+        domains={source: domain},
+        plan=_plan(positions, source, recipe),
+        training=asdict(recipe) | {"source": source, "tokens_seen": recipe.train.steps * recipe.train.batch},
+        licence=licence,
+        creator=creator,
+        title=title,
+        source_sha256=store.settings.prompts_sha256,
+    )
+    save_dictionary(path, card, saes, adapters)  # ungated, so that the gate can be measured
+    card.domains[source] = calibrate(host, Dictionary.open(path), source, pairs, recipe, progress)
+    save_dictionary(path, card, saes, adapters)
+    return curves
+
+
+def build_adapter(
+    path: Path,
+    host: Host,
+    store: ActivationStore,
+    dictionary: Dictionary,
+    domain: str,
+    source: str,
+    pairs: Sequence[PromptPair],
+    recipe: Recipe,
+    *,
+    title: str,
+    creator: str,
+    licence: dict[str, str],
+    progress: Progress | None = None,
+) -> None:
+    """Adapts only the decoder to `domain` and writes the adapter file; the encoder stays as it is."""
+    found = Domain({}, {}, None)
+    adapters: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+    for position in dictionary.card.positions:
+        sae = dictionary.sae(position)
+        features, weights = choose_features(store, position, sae, domain, recipe)
+        found.features[position], found.weights[position] = features, weights
+        index = torch.tensor(features, dtype=torch.int64)
+        adapters[position, domain] = (index, fit_adapter(store, position, sae.rows(index), domain, source, recipe))
+    card = Card(
+        dictionary.card.architecture,
+        domains={domain: found},
+        plan=_plan(list(found.features), domain, recipe),
+        training=asdict(recipe) | {"source": source, "pairs": len(split(store.indices(domain))[0])},
+        licence=licence,
+        creator=creator,
+        title=title,
+        source_sha256=store.settings.prompts_sha256,
+        base_sha256=dictionary.sha256,
+    )
+    save_adapter(path, card, adapters)
+    card.domains[domain] = calibrate(host, dictionary.with_adapters(path), domain, pairs, recipe, progress)
+    save_adapter(path, card, adapters)

@@ -1,0 +1,338 @@
+"""The command line: every command prints a short report, writes --json, resumes, fails in one line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from . import __version__
+from .activations import ActivationStore, ActivationWriter, StoreSettings
+from .build import Recipe, build_adapter, build_dictionary
+from .capture import capture
+from .hosts import Host
+from .dictionary import Card, Dictionary, check
+
+from .prompts import PromptPair, read_prompts
+from .routing import Route, chosen, route
+from .training import TrainSettings
+
+MODELS = ("pocket-flux",)
+
+
+class Progress:
+    """One line on stderr: rewritten on a terminal, a line per tenth elsewhere."""
+
+    def __init__(self) -> None:
+        self._last = ("", -1)
+        self._began = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        tenth = 10 * done // max(total, 1)
+        kind = what.split("  ")[0]
+        line = f"[{time.monotonic() - self._began:5.0f} s] {what} {done}/{total}"
+        if sys.stderr.isatty():
+            end = "\n" if done >= total else ""
+            print(f"\r\033[K{line}", end=end, file=sys.stderr, flush=True)
+        elif (kind, tenth) != self._last:
+            print(line, file=sys.stderr, flush=True)
+        self._last = (kind, tenth)
+
+
+def load_host(model: str) -> Host:
+    from .pocket.model import load_pocket
+
+    return load_pocket(model)
+
+
+def captured_steps(total: int, count: int) -> list[int]:
+    """`count` of `total` sampling steps, evenly spread, the first always among them."""
+    return sorted({round(i * total / count) for i in range(min(count, total))})
+
+
+def store_settings(
+    host: Host,
+    prompts: Sequence[PromptPair],
+    *,
+    positions: Sequence[str] | None = None,
+    steps: int = 6,
+    tokens_per_image: int | None = None,
+    seed: int = 0,
+    pairs_per_shard: int = 12,
+) -> StoreSettings:
+    return StoreSettings(
+        architecture=host.architecture,
+        positions=list(positions or host.architecture.positions()),
+        model=host.name,
+        seed=seed,
+        steps=captured_steps(host.steps, steps),
+        tokens_per_image=tokens_per_image,
+        pairs_per_shard=pairs_per_shard,
+        prompts=list(prompts),
+        sampler={"steps": host.steps},
+    )
+
+
+def run_capture(o: argparse.Namespace, progress: Progress) -> dict:
+    host = load_host(o.model)
+    settings = store_settings(
+        host,
+        read_prompts(o.prompts),
+        positions=o.positions,
+        steps=o.steps,
+        tokens_per_image=o.tokens,
+        seed=o.seed,
+        pairs_per_shard=o.pairs_per_shard,
+    )
+    writer = ActivationWriter.open(o.store, settings)
+    capture(host, writer, lambda done, total: progress("capture", done, total))
+    size = sum(f.stat().st_size for f in o.store.iterdir())
+    print(f"{o.store}: {len(settings.prompts)} lines at {len(settings.positions)} positions, {size / 2**20:.0f} MB")
+    return {"store": str(o.store), "lines": len(settings.prompts), "bytes": size}
+
+
+def route_table(routes: Sequence[Route]) -> str:
+    head = f"{'position':16} {'operator':8} {'group':7} {'score':>6} {'90 % interval':>15}"
+    lines = [head + "".join(f"{name:>11}" for name in routes[0].terms)]
+    for r in routes:
+        span = f"{r.interval[0]:.2f} to {r.interval[1]:.2f}"
+        line = f"{r.position:16} {r.operator:8} {r.group:7} {r.score:6.3f} {span:>15}"
+        lines.append(line + "".join(f"{value:11.3f}" for value in r.terms.values()))
+    return "\n".join(lines)
+
+
+def run_route(o: argparse.Namespace, progress: Progress) -> dict:
+    store = ActivationStore(o.store)
+    routes = route(store, o.source, o.target, target_pairs=o.target_pairs)
+    print(route_table(routes))
+    plan = chosen(routes, store.architecture, o.count)
+    print(f"chosen: {', '.join(plan)}")
+    return {"routes": [asdict(r) for r in routes], "chosen": plan}
+
+
+def run_train(o: argparse.Namespace, progress: Progress) -> dict:
+    store = ActivationStore(o.store)
+    positions = o.positions
+    if positions is None:
+        positions = chosen(route(store, o.source, o.target), store.architecture)
+        print(f"routed to {', '.join(positions)}")
+    o.work.mkdir(parents=True, exist_ok=True)
+    curves = build_dictionary(
+        o.out,
+        load_host(o.model),
+        store,
+        positions,
+        o.source,
+        read_prompts(o.tune),
+        recipe_of(o),
+        title=o.title or f"{o.source} for {o.model}",
+        creator=o.creator,
+        licence={"data": o.data_licence, "weights": o.weights_licence},
+        checkpoints=o.work,
+        progress=progress,
+    )
+    print(card_text(Dictionary.open(o.out).card))
+    return {"dictionary": str(o.out), "curves": curves}
+
+
+def run_adapt(o: argparse.Namespace, progress: Progress) -> dict:
+    dictionary = Dictionary.open(o.dictionary)
+    build_adapter(
+        o.out,
+        load_host(o.model),
+        ActivationStore(o.store),
+        dictionary,
+        o.domain,
+        o.source,
+        read_prompts(o.tune),
+        recipe_of(o),
+        title=o.title or f"{o.domain} for {dictionary.card.title}",
+        creator=o.creator,
+        licence={"data": o.data_licence, "weights": o.weights_licence},
+        progress=progress,
+    )
+    print(card_text(dictionary.with_adapters(o.out).card))
+    return {"adapter": str(o.out), "base_sha256": dictionary.sha256}
+
+
+def recipe_of(o: argparse.Namespace) -> Recipe:
+    changed = {name: getattr(o, name) for name in ("blend", "repel") if getattr(o, name) is not None}
+    if o.window is not None:
+        changed["window"] = tuple(o.window)
+    settings = {name: getattr(o, name, None) for name in ("kind", "features", "k", "steps", "batch")}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    recipe = Recipe(**changed)
+    return replace(recipe, train=replace(recipe.train, **settings, seed=o.seed))
+
+
+def card_text(card: Card) -> str:
+    """A card for people."""
+    lines = [f"{card.title or '(untitled)'}  by {card.creator or 'unknown'}", f"  for a {card.architecture.describe()}"]
+    for name, info in card.positions.items():
+        figures = ", ".join(f"{k} {v:.3g}" for k, v in info.quality.items())
+        lines.append(f"  {name:14} {info.prefix} harmful features first; {figures}")
+    for name, domain in card.domains.items():
+        counts = ", ".join(f"{len(f)} at {p}" for p, f in domain.features.items())
+        lines.append(f"  domain {name}: {counts} features")
+        if domain.gate is not None:
+            g = domain.gate
+            lines.append(
+                f"    gate opens over {g.threshold:.3g}; {g.false_positive_rate:.1%} of {g.prompts} safe "
+                f"prompts opened it; witnesses {', '.join(g.norms)}"
+            )
+    for a in card.plan:
+        lines.append(
+            f"  plan: {a.domain or 'all domains'}: {a.operator} ({a.form}) {a.strength:g} at {a.position} "
+            f"while sigma is in {a.window[0]:g} to {a.window[1]:g}"
+        )
+    lines.append(f"  licence: data {card.licence['data'] or 'not stated'}; weights {card.licence['weights'] or 'not stated'}")
+    return "\n".join(lines)
+
+
+def run_inspect(o: argparse.Namespace, progress: Progress) -> dict:
+    dictionary = Dictionary.open(o.file)
+    print(f"{o.file}  SHA-256 {dictionary.sha256}")
+    print(card_text(dictionary.card))
+    return {"file": str(o.file), "sha256": dictionary.sha256, "card": dictionary.card.to_json()}
+
+
+def run_check(o: argparse.Namespace, progress: Progress) -> dict:
+    card = check(o.file)
+    print(f"{o.file}: every tensor and the whole card are well-formed ({card.kind})")
+    return {"file": str(o.file), "kind": card.kind}
+
+
+def run_evaluate(o: argparse.Namespace, progress: Progress) -> dict:
+    from .pocket.study import evaluate_dictionary
+
+    dictionary = Dictionary.open(o.dictionary).with_adapters(*o.adapter)
+    return evaluate_dictionary(
+        load_host(o.model),
+        dictionary,
+        read_prompts(o.prompts) if o.prompts else None,
+        seed=o.seed,
+        images_per_prompt=o.images_per_prompt,
+        out=o.out,
+        progress=progress,
+    )
+
+
+def run_demo(o: argparse.Namespace, progress: Progress) -> dict:
+    from .pocket.demo import demo
+
+    return demo(
+        o.model,
+        o.out,
+        seed=o.seed,
+        prompts=read_prompts(o.prompts) if o.prompts else None,
+        images_per_prompt=o.images_per_prompt,
+        progress=progress,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m safedig_core", description="SafeDIG: steer inside the model.")
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
+        return sub
+
+    def model(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--model", default=MODELS[0], choices=MODELS)
+        sub.add_argument("--seed", type=int, default=0)
+
+    def names(text: str) -> list[str]:
+        return [name.strip() for name in text.split(",") if name.strip()]
+
+    def evaluation(sub: argparse.ArgumentParser) -> None:
+        model(sub)
+        sub.add_argument("--prompts", type=Path, help="evaluation set, in place of the shipped one")
+        sub.add_argument("--images-per-prompt", type=int, default=1)
+
+    def recipe(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--tune", type=Path, required=True, help="prompts to calibrate on, kept out of --store")
+        sub.add_argument("--blend", type=float)
+        sub.add_argument("--repel", type=float)
+        sub.add_argument("--window", type=float, nargs=2, metavar=("START", "END"), help="noise levels")
+        sub.add_argument("--title", default="")
+        sub.add_argument("--creator", default="")
+        sub.add_argument("--data-licence", default="")
+        sub.add_argument("--weights-licence", default="")
+        sub.add_argument("--out", type=Path, required=True)
+
+    sub = command("demo", run_demo, "the whole method on the pocket model, with a report")
+    evaluation(sub)
+    sub.add_argument("--out", type=Path, default=Path("out/demo"))
+
+    sub = command("capture", run_capture, "sample prompt pairs and store their activations")
+    model(sub)
+    sub.add_argument("--prompts", type=Path, required=True)
+    sub.add_argument("--store", type=Path, required=True)
+    sub.add_argument("--positions", type=names, help="comma-separated; default: all")
+    sub.add_argument("--steps", type=int, default=6, help="how many sampling steps to capture")
+    sub.add_argument("--tokens", type=int, help="tokens per image; default: all")
+    sub.add_argument("--pairs-per-shard", type=int, default=12)
+
+    sub = command("route", run_route, "score positions and operators before any training")
+    sub.add_argument("--store", type=Path, required=True)
+    sub.add_argument("--source", required=True)
+    sub.add_argument("--target", required=True)
+    sub.add_argument("--target-pairs", type=int, default=16)
+    sub.add_argument("--count", type=int, default=3)
+
+    sub = command("train", run_train, "train a dictionary on the source domain")
+    model(sub)
+    sub.add_argument("--store", type=Path, required=True)
+    sub.add_argument("--source", required=True)
+    sub.add_argument("--target", help="for routing, where no --positions are given")
+    sub.add_argument("--positions", type=names)
+    sub.add_argument("--work", type=Path, default=Path("out/train"), help="folder for checkpoints")
+    sub.add_argument("--kind", choices=("batch_topk", "relu_l1"))
+    for name in ("features", "k", "steps", "batch"):
+        sub.add_argument(f"--{name}", type=int)
+    recipe(sub)
+
+    sub = command("adapt", run_adapt, "adapt a dictionary's decoder to one more domain")
+    model(sub)
+    sub.add_argument("--store", type=Path, required=True)
+    sub.add_argument("--dictionary", type=Path, required=True)
+    sub.add_argument("--domain", required=True)
+    sub.add_argument("--source", required=True, help="the domain to replay")
+    recipe(sub)
+
+    sub = command("evaluate", run_evaluate, "measure a dictionary against the unsteered model")
+    evaluation(sub)
+    sub.add_argument("--dictionary", type=Path, required=True)
+    sub.add_argument("--adapter", type=Path, nargs="*", default=[])
+    sub.add_argument("--out", type=Path, default=Path("out/evaluate"))
+
+    for name, run, text in (
+        ("inspect", run_inspect, "show a dictionary's card"),
+        ("check", run_check, "check a file to its last number"),
+    ):
+        command(name, run, text).add_argument("file", type=Path)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    o = parser().parse_args(arguments)
+    try:
+        result = o.run(o, Progress())
+        if o.json is not None:
+            o.json.parent.mkdir(parents=True, exist_ok=True)
+            o.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"{o.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{o.command}: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0

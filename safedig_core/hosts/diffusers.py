@@ -1,0 +1,72 @@
+"""Positions in diffusers' FLUX and SD3 transformers, read and changed through forward hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..positions import Architecture, Position
+
+Handler = Callable[[str, Tensor], Tensor]
+
+
+def architecture_of(transformer: nn.Module) -> Architecture:
+    """The shapes of a FluxTransformer2DModel or SD3Transformer2DModel; others are refused by name."""
+    kind = type(transformer).__name__
+    config = transformer.config
+    width = config.num_attention_heads * config.attention_head_dim
+    if kind == "FluxTransformer2DModel":
+        blocks = (config.num_layers, config.num_single_layers)
+        return Architecture("flux", blocks, width, config.joint_attention_dim)
+    if kind == "SD3Transformer2DModel":
+        return Architecture("sd3", (config.num_layers, 0), width, config.joint_attention_dim)
+    raise ValueError(f"{kind} cannot be steered: expected FluxTransformer2DModel or SD3Transformer2DModel")
+
+
+@contextmanager
+def attached(transformer: nn.Module, positions: Iterable[str], handler: Handler) -> Iterator[None]:
+    """While open, every activation of `positions` is replaced by `handler(position, activation)`.
+
+    Activations are [B, T, d]; a handler that returns its input changes nothing.
+    """
+    architecture = architecture_of(transformer)
+    wanted: dict[tuple[str, int], dict[str, str]] = {}
+    for name in positions:
+        architecture.require(name)
+        position = Position.parse(name)
+        wanted.setdefault((position.kind, position.index), {})[position.stream] = name
+    handles: list[RemovableHandle] = []
+    try:
+        for (kind, index), streams in wanted.items():
+            if kind == "text":
+                module = transformer.context_embedder
+                handles.append(module.register_forward_pre_hook(_text_hook(streams["txt"], handler)))
+            else:
+                blocks = transformer.single_transformer_blocks if kind == "single" else transformer.transformer_blocks
+                handles.append(blocks[index].register_forward_hook(_block_hook(streams, handler)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _text_hook(name: str, handler: Handler) -> Callable:
+    def hook(module: nn.Module, args: tuple) -> tuple:
+        return (handler(name, args[0]), *args[1:])
+
+    return hook
+
+
+def _block_hook(streams: dict[str, str], handler: Handler) -> Callable:
+    def hook(module: nn.Module, args: tuple, output: tuple) -> tuple:
+        text, image = output  # both families return (text or None, image)
+        if "txt" in streams:
+            text = handler(streams["txt"], text)
+        if "img" in streams:
+            image = handler(streams["img"], image)
+        return text, image
+
+    return hook

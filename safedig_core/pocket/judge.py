@@ -1,0 +1,67 @@
+"""The pocket evaluator: which objects an image shows, and which of its tiles are not clean."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .scenes import CONCEPTS, DOMAIN
+
+TILE = 8  # px
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(8, outputs), nn.SiLU()
+    )
+
+
+class Judge(nn.Module):
+    """A small CNN: object logits per place, and a repaint of the image through a bottleneck of 24
+    numbers a tile, learned on clean scenes only, which speckle doesn't survive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            _conv(3, 32, 2), _conv(32, 48), _conv(48, 64, 2), _conv(64, 96), _conv(96, 128, 2)
+        )
+        self.head = nn.Sequential(_conv(128, 128), nn.Conv2d(128, len(CONCEPTS), 1))
+        self.repaint = nn.Sequential(
+            nn.Conv2d(128, 24, 1),
+            _conv(24, 128),
+            nn.Conv2d(128, 3 * TILE * TILE, 1),
+            nn.PixelShuffle(TILE),
+        )
+        self.register_buffer("artefact_limit", torch.tensor(float("inf")))  # tile energy
+        self.artefact_limit: Tensor
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B, 3, 64, 64] in [0, 1] -> logits [B, concepts], repainted images."""
+        places = self.trunk(images * 2 - 1)
+        return self.head(places).amax((2, 3)), self.repaint(places)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """[B, 128] for Frechet distances."""
+        return torch.cat([self.trunk(part * 2 - 1).mean((2, 3)) for part in images.split(64)])
+
+    @torch.no_grad()
+    def detect(self, images: Tensor) -> list[set[str]]:
+        """The concepts seen in each image."""
+        seen = torch.cat([self(part)[0] > 0 for part in images.split(64)])
+        return [{CONCEPTS[i] for i in row.nonzero().flatten().tolist()} for row in seen]
+
+    @torch.no_grad()
+    def tile_energy(self, images: Tensor) -> Tensor:
+        """[B, 8, 8]: mean squared residual of each 8 px tile after the repaint."""
+        residual = torch.cat([(part - self(part)[1]).square().mean(1) for part in images.split(64)])
+        return residual.unflatten(1, (-1, TILE)).unflatten(3, (-1, TILE)).mean((2, 4))
+
+    def artefacts(self, images: Tensor) -> list[bool]:
+        """Whether any tile's energy exceeds the 99.9 % range of unsteered images' worst tiles."""
+        return (self.tile_energy(images).amax((1, 2)) > self.artefact_limit).tolist()
+
+
+def risks(seen: set[str]) -> set[str]:
+    """The risk domains of detected concepts."""
+    return {DOMAIN[concept] for concept in seen} - {"safe"}

@@ -1,0 +1,130 @@
+"""Pictures of a study: contact sheets, maps and curves, as PNG bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ..routing import Route
+
+ZOOM = 2
+GAP = 4
+INK = "#1f2430"
+COLOURS = {"text": "#8a5fbf", "bind": "#d1495b", "render": "#2e86ab"}
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def pixels(images: Tensor, zoom: int = ZOOM) -> np.ndarray:
+    """[B, 3, H, W] in [0, 1] -> uint8 [B, zoom H, zoom W, 3]."""
+    array = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return array.repeat(zoom, 1).repeat(zoom, 2)
+
+
+def contact_sheet(columns: dict[str, Tensor], captions: Sequence[str], across: int = 4) -> bytes:
+    """One cell per prompt: its image in every column (same noise) side by side, the caption below."""
+    stacks = [pixels(images) for images in columns.values()]
+    side, count = stacks[0].shape[1], len(captions)
+    width, height = len(stacks) * (side + GAP) + 3 * GAP, side + 18
+    rows = -(-count // across)
+    sheet = Image.new("RGB", (across * width, rows * height + 20), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, 3), "  |  ".join(columns), fill=INK)
+    for i, caption in enumerate(captions):
+        x, y = i % across * width, i // across * height + 20
+        for k, stack in enumerate(stacks):
+            sheet.paste(Image.fromarray(stack[i]), (x + k * (side + GAP), y))
+        draw.text((x + 2, y + side + 2), caption, fill=INK)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def routing_map(routes: Sequence[Route], chosen: Sequence[str], order: Sequence[str]) -> bytes:
+    """Score of each position by its best operator, with bootstrap intervals, in forward order."""
+    best = {}
+    for r in routes:
+        best.setdefault(r.position, r)
+    names = [p for p in order if p in best]
+    figure, axes = plt.subplots(figsize=(9, 3.2))
+    for i, name in enumerate(names):
+        r = best[name]
+        axes.bar(i, r.score, color=COLOURS[r.group], alpha=1.0 if name in chosen else 0.35)
+        axes.vlines(i, *r.interval, color=INK, linewidth=1)
+        axes.text(i, r.interval[1] + 0.01, r.operator, ha="center", fontsize=7, color=INK)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+    axes.set_ylabel("routing score R")
+    for group, colour in COLOURS.items():
+        axes.bar(0, 0, color=colour, label=group)
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title("Routing (solid: chosen; bars: 90 % bootstrap interval)", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def training_curves(curves: dict[str, list[dict[str, float]]]) -> bytes:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8))
+    for position, curve in curves.items():
+        steps = [point["step"] for point in curve]
+        left.plot(steps, [point["fvu"] for point in curve], label=position)
+        right.plot(steps, [point["dead"] for point in curve], label=position)
+    left.set_yscale("log")
+    left.set_ylabel("FVU")
+    right.set_ylabel("dead features")
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def roc_curves(gates: dict[str, dict]) -> bytes:
+    figure, axes = plt.subplots(figsize=(3.8, 3.4))
+    for domain, curve in gates.items():
+        axes.step(curve["false"], curve["true"], where="post", label=f"{domain}  AUROC {curve['auroc']:.3f}")
+    axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8)
+    axes.set_xlabel("safe prompts that open the gate")
+    axes.set_ylabel("unsafe prompts that open it")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def heat_maps(images: Tensor, heat: dict[str, Tensor], captions: Sequence[str]) -> bytes:
+    """Images over the activity of harmful features at each image token: `heat[name]` is [B, 64]."""
+    names = list(heat)
+    figure, axes = plt.subplots(
+        len(names) + 1, len(captions), figsize=(1.3 * len(captions), 1.35 * (len(names) + 1)), squeeze=False
+    )
+    for column, caption in enumerate(captions):
+        picture = pixels(images[column : column + 1], 1)[0]
+        axes[0, column].imshow(picture)
+        axes[0, column].set_title(caption.replace(" and ", "\nand "), fontsize=7)
+        for line, name in enumerate(names, 1):
+            values = heat[name][column].reshape(8, 8)
+            axes[line, column].imshow(picture, alpha=0.35)
+            axes[line, column].imshow(
+                values.repeat_interleave(8, 0).repeat_interleave(8, 1),
+                cmap="inferno", alpha=0.75, vmin=0, vmax=max(float(heat[name].max()), 1e-6),
+            )  # fmt: skip
+            if column == 0:
+                axes[line, 0].set_ylabel(name, fontsize=7)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    return _png(figure)

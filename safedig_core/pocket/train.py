@@ -1,0 +1,256 @@
+"""Trains the pocket FLUX from scratch: autoencoder, transformer with its words, classifier.
+
+    python -m safedig_core.pocket.train --out OUT
+
+Downloads the emoji artwork with `npm pack` unless --emoji names a folder that holds it. Every
+phase resumes from its last checkpoint in OUT. The seed and all settings are constants here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .autoencoder import Autoencoder, fit, pack
+from .judge import Judge
+from .scenes import CONCEPTS, DOMAIN, SYNONYM, VENDORS, Scene, Sprites, caption, random_scene
+from .text import WordEncoder, tokenize
+
+SEED = 0
+AUTOENCODER_SCENES = 4000
+BATCH = 32
+LEARNING_RATE = 1e-3
+WARMUP = 150
+RISKY_SHARE = 0.55  # risky concepts are seen more often: their drawings are thinner
+NO_CAPTION = 0.1  # for classifier-free guidance
+SYNONYM_SHARE = 0.25
+CHECKPOINT_EVERY = 250
+JUDGE_STEPS = 900
+EMOJI_VERSION = "16.0.0"
+
+_RISKY = [w for w in CONCEPTS if DOMAIN[w] != "safe"]
+_SAFE = [w for w in CONCEPTS if DOMAIN[w] == "safe"]
+
+
+def fetch_emoji(folder: Path) -> None:
+    """Downloads and unpacks the two artwork packages into `folder`."""
+    for vendor, package in VENDORS.items():
+        target = folder / package
+        if (target / "package" / "emoji.json").exists():
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        print(f"fetching {package}@{EMOJI_VERSION}")
+        subprocess.run(["npm", "pack", f"{package}@{EMOJI_VERSION}"], cwd=target, check=True)
+        with tarfile.open(next(target.glob("*.tgz"))) as archive:
+            wanted = (f"package/img/{vendor}/64/", "package/emoji.json", "package/LICENSE")
+            members = [m for m in archive.getmembers() if m.name.startswith(wanted)]
+            archive.extractall(target, members, filter="data")
+
+
+def training_words(rng: np.random.Generator) -> tuple[str, ...]:
+    """One or two distinct concepts."""
+    words: list[str] = []
+    while len(words) < (1 if rng.random() < 0.2 else 2):
+        word = str(rng.choice(_RISKY if rng.random() < RISKY_SHARE else _SAFE))
+        if word not in words:
+            words.append(word)
+    return tuple(words)
+
+
+def training_caption(scene: Scene, rng: np.random.Generator) -> str:
+    if rng.random() < NO_CAPTION:
+        return ""
+    return caption(
+        [SYNONYM[w] if w in SYNONYM and rng.random() < SYNONYM_SHARE else w for w in scene.words]
+    )
+
+
+def noise_levels(count: int) -> Tensor:
+    """Logit-normal t in (0, 1), stratified over the batch."""
+    even = (torch.arange(count) + torch.rand(())) / count
+    return torch.sigmoid(torch.special.ndtri(even.clamp(1e-3, 1 - 1e-3)))[torch.randperm(count)]
+
+
+def train_transformer(sprites: Sprites, autoencoder: Autoencoder, out: Path, steps: int) -> None:
+    """Flow matching: x_t = (1 - t) x + t noise, target noise - x."""
+    from .model import build_transformer, velocity
+
+    torch.manual_seed(SEED)
+    transformer, words = build_transformer(), WordEncoder()
+    initialise(transformer)
+    both = nn.ModuleDict({"transformer": transformer, "words": words})
+    optimizer = torch.optim.AdamW(both.parameters(), LEARNING_RATE, (0.9, 0.99), weight_decay=0.01, fused=True)
+    checkpoint, start = out / "transformer.ckpt.safetensors", 0
+    if checkpoint.exists():
+        start = _resume(checkpoint, both, optimizer)
+        print(f"resuming at step {start}")
+    log = (out / "transformer.jsonl").open("a")
+    began, losses = time.monotonic(), []
+    for step in range(start, steps):
+        rng = np.random.default_rng((SEED, step))  # a resumed run sees the same data
+        torch.manual_seed(SEED * 1_000_003 + step)
+        scenes = [random_scene(rng, training_words(rng)) for _ in range(BATCH)]
+        tokens = tokenize([training_caption(scene, rng) for scene in scenes])
+        x = pack(autoencoder.encode(sprites.render(scenes)))
+        t = noise_levels(BATCH)
+        noise = torch.randn_like(x)
+        mixed = torch.lerp(x, noise, t[:, None, None])
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
+        loss = (velocity(transformer, mixed, *words(tokens), t) - (noise - x)).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if (step + 1) % 50 == 0:
+            rate = (step + 1 - start) / (time.monotonic() - began)
+            line = {"step": step + 1, "loss": round(float(np.mean(losses[-50:])), 5), "steps_per_s": round(rate, 3)}
+            print(line, flush=True)
+            print(json.dumps(line), file=log, flush=True)
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
+            _checkpoint(checkpoint, both, optimizer, step + 1)
+
+
+def train_judge(sprites: Sprites, autoencoder: Autoencoder, out: Path) -> Judge:
+    """Object detection on augmented real scenes, repaint on clean ones."""
+    torch.manual_seed(SEED)
+    judge, path = Judge(), out / "judge.safetensors"
+    if path.exists():
+        judge.load_state_dict(load_file(path))
+        return judge
+    optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.01, fused=True)
+    for step in range(JUDGE_STEPS):
+        rng = np.random.default_rng((SEED, 1, step))
+        images, labels = judge_batch(sprites, autoencoder, rng, 48)
+        logits, _ = judge(augmented(images, rng))
+        repainted = judge(images)[1]
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels, pos_weight=torch.tensor(4.0))
+        loss = loss * 10 + (repainted - images).square().mean() * 20
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 - step / JUDGE_STEPS)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 50 == 0:
+            wrong = ((logits > 0) != (labels > 0.5)).any(1).float().mean().item()
+            print({"step": step + 1, "loss": round(loss.item(), 4), "wrong": wrong}, flush=True)
+    save_file(judge.state_dict(), path)
+    return judge
+
+
+def judge_batch(
+    sprites: Sprites, autoencoder: Autoencoder, rng: np.random.Generator, count: int
+) -> tuple[Tensor, Tensor]:
+    """Scenes as the autoencoder renders them [count, 3, 64, 64] in [0, 1], and what they show."""
+    scenes = [random_scene(rng, training_words(rng) if rng.random() > 0.05 else ()) for _ in range(count)]
+    images = autoencoder.decode(autoencoder.encode(sprites.render(scenes))) / 2 + 0.5
+    labels = torch.tensor([[float(c in scene.words) for c in CONCEPTS] for scene in scenes])
+    return images, labels
+
+
+def augmented(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Off-grid shifts, blur, noise, contrast: generated objects are never as clean as real ones."""
+    x, y = (int(v) for v in rng.integers(-4, 5, 2))
+    images = images.roll((y, x), (2, 3))
+    if rng.random() < 0.5:
+        images = torch.lerp(images, nn.functional.avg_pool2d(images, 3, 1, 1), float(rng.random()))
+    noise = torch.randn_like(images) * 0.08 * torch.rand(len(images), 1, 1, 1)
+    return (images + noise) * (1 + 0.2 * (torch.rand(len(images), 3, 1, 1) - 0.5))
+
+
+def judge_error(judge: Judge, sprites: Sprites, autoencoder: Autoencoder, count: int = 2000) -> float:
+    """Share of held-out real scenes in which any concept is missed or invented."""
+    rng = np.random.default_rng((SEED, 2))
+    images, labels = judge_batch(sprites, autoencoder, rng, count)
+    truth = [{c for c, on in zip(CONCEPTS, row, strict=True) if on} for row in labels.tolist()]
+    return float(np.mean([a != b for a, b in zip(judge.detect(images), truth, strict=True)]))
+
+
+def initialise(transformer: nn.Module) -> None:
+    """Xavier for projections; modulation and the last layer start at zero (adaLN-zero)."""
+    for name, parameter in transformer.named_parameters():
+        modulation = "norm" in name and ".linear." in name
+        if modulation or name.startswith("proj_out.") or (parameter.ndim == 1 and "norm" not in name):
+            nn.init.zeros_(parameter)
+        elif parameter.ndim == 2:
+            nn.init.xavier_uniform_(parameter)
+
+
+def _checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    tensors = dict(model.state_dict())
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
+    part = path.with_suffix(".part")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, part, {"step": str(step)})
+    part.replace(path)
+
+
+def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    from safetensors import safe_open
+
+    tensors = load_file(path)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key in [k for k in tensors if k.startswith("optimizer.")]:
+        _, index, name = key.split(".")
+        state.setdefault(int(index), {})[name] = tensors.pop(key)
+    model.load_state_dict(tensors)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])
+
+
+def export(out: Path) -> None:
+    """Writes the weights that the repository ships from the files in `out`."""
+    from .model import CONFIG, WEIGHTS
+    from .weights import to_original
+
+    WEIGHTS.mkdir(exist_ok=True)
+    tensors = load_file(out / "transformer.ckpt.safetensors")
+    transformer, words = (
+        {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("transformer.", "words.")
+    )
+    original = to_original(transformer, CONFIG["num_layers"], CONFIG["num_single_layers"])
+    save_file({k: v.bfloat16() for k, v in original.items()}, WEIGHTS / "pocket-flux.safetensors")
+    save_file(words, WEIGHTS / "pocket-flux-words.safetensors")
+    save_file(load_file(out / "autoencoder.safetensors"), WEIGHTS / "autoencoder.safetensors")
+    judge = {k: v.half() for k, v in load_file(out / "judge.safetensors").items()}
+    save_file(judge, WEIGHTS / "judge.safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--emoji", type=Path, help="folder of the unpacked artwork packages")
+    parser.add_argument("--steps", type=int, default=6600)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    emoji = options.emoji or options.out / "emoji"
+    fetch_emoji(emoji)
+    sprites = Sprites(emoji)
+    rng = np.random.default_rng(SEED)
+    images = sprites.render([random_scene(rng) for _ in range(AUTOENCODER_SCENES)])
+    autoencoder = fit(images)
+    error = (autoencoder.decode(autoencoder.encode(images[:500])) - images[:500]).square().mean().item()
+    print(f"autoencoder: {10 * np.log10(4 / error):.1f} dB")
+    save_file(
+        {"mean": autoencoder.mean, "components": autoencoder.components, "scale": autoencoder.scale},
+        options.out / "autoencoder.safetensors",
+    )
+    train_transformer(sprites, autoencoder, options.out, options.steps)
+    judge = train_judge(sprites, autoencoder, options.out)
+    print(f"judge: wrong on {judge_error(judge, sprites, autoencoder):.2%} of 2,000 held-out real scenes")
+    export(options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Prompt-pair files: an unsafe prompt beside its safe rewrite, with a risk domain.
+
+JSONL, one object per line, or CSV with the same columns (`keep` separated by `;`):
+
+    {"domain": "weapons", "unsafe": "a cat and a pistol", "safe": "a cat and a book", "keep": ["cat"]}
+    {"domain": "safe", "safe": "a cat"}
+
+A file is untrusted: each refusal is a PromptError that names the file, the line and the remedy.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+SAFE = "safe"  # the domain of purely safe prompts
+MAX_FILE = 16 << 20  # bytes
+MAX_PROMPT = 4000  # characters
+MAX_KEEP = 64
+
+# no control characters, half surrogates or marks that turn the direction of text
+TEXT = re.compile(r"[^\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]*")
+_DOMAIN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_KEYS = ("domain", "unsafe", "safe", "keep")
+
+PathLike = str | os.PathLike[str]
+
+
+class PromptError(ValueError):
+    """Says which file and line, what is wrong there, and what to do."""
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """`keep` names what the image must still show when it is steered.
+
+    Raises ValueError unless exactly the pairs of domain `safe` lack an unsafe prompt.
+    """
+
+    domain: str
+    safe: str
+    unsafe: str | None = None
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not _DOMAIN.fullmatch(self.domain):
+            raise ValueError(
+                f"{self.domain!r:.80} is not the name of a domain: use up to 64 of a-z, 0-9, - and _"
+            )
+        if self.domain == SAFE and self.unsafe is not None:
+            raise ValueError("domain 'safe' has an unsafe prompt: name its risk domain, or remove the prompt")
+        if self.domain != SAFE and self.unsafe is None:
+            raise ValueError(f"domain '{self.domain}' lacks an unsafe prompt: add it, or use domain 'safe'")
+        if len(self.keep) > MAX_KEEP:
+            raise ValueError(f"keep has {len(self.keep)} entries: use at most {MAX_KEEP}")
+        texts = [("safe", self.safe), ("unsafe", self.unsafe), *(("keep", word) for word in self.keep)]
+        for name, text in texts:
+            if text is None:
+                continue
+            if not text.strip():
+                raise ValueError(f"{name} is empty: fill it in, or remove it")
+            if len(text) > MAX_PROMPT:
+                raise ValueError(f"{name} has {len(text)} characters: use at most {MAX_PROMPT}")
+            if not TEXT.fullmatch(text):
+                raise ValueError(f"{name} has control characters: remove them")
+
+
+def read_prompts(path: PathLike) -> list[PromptPair]:
+    """The pairs of a .jsonl or .csv file, in its order. Raises PromptError."""
+    path = Path(path)
+    formats = {".jsonl": _jsonl, ".csv": _csv}
+    if path.suffix.lower() not in formats:
+        raise PromptError(f"{path}: a prompt file ends in .jsonl or .csv. Rename or convert it.")
+    pairs: list[PromptPair] = []
+    lines: dict[PromptPair, int] = {}
+    for line, record in formats[path.suffix.lower()](path, _text(path)):
+        with _blame(path, line):
+            pair = _pair(record)
+            first = lines.setdefault(replace(pair, keep=()), line)
+            if first != line:
+                raise ValueError(f"the same pair as in line {first}: remove one")
+        pairs.append(pair)
+    if not pairs:
+        raise PromptError(f"{path}: there are no prompts in it. Add at least one line.")
+    return pairs
+
+
+def write_prompts(path: PathLike, pairs: Sequence[PromptPair]) -> None:
+    """Writes JSONL that `read_prompts` reads back. Raises PromptError on what it would refuse."""
+    path = Path(path)
+    if path.suffix.lower() != ".jsonl":
+        raise PromptError(f"{path}: prompts are written as JSONL. Choose a name that ends in .jsonl.")
+    if not pairs or len({replace(pair, keep=()) for pair in pairs}) < len(pairs):
+        raise PromptError(
+            f"{path}: a prompt file has at least one pair, and none twice. Nothing was written."
+        )
+    path.write_bytes(_canonical(pairs))
+
+
+def fingerprint(pairs: Sequence[PromptPair]) -> str:
+    """SHA-256 of the file that `write_prompts` makes of these pairs."""
+    return hashlib.sha256(_canonical(pairs)).hexdigest()
+
+
+def _canonical(pairs: Sequence[PromptPair]) -> bytes:
+    lines = []
+    for pair in pairs:
+        record: dict[str, object] = {"domain": pair.domain}
+        if pair.unsafe is not None:
+            record["unsafe"] = pair.unsafe
+        record["safe"] = pair.safe
+        if pair.keep:
+            record["keep"] = list(pair.keep)
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
+
+
+def _text(path: Path) -> str:
+    try:
+        if not path.is_file():
+            raise PromptError(f"{path}: there is no such file. Check the name.")
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise PromptError(f"{path}: {error.strerror or error}. Check its permissions.") from error
+    if len(raw) > MAX_FILE:
+        raise PromptError(f"{path}: it is larger than {MAX_FILE >> 20} MiB. Split it.")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise PromptError(f"{path}, line {line}: it is not UTF-8. Save the file as UTF-8.") from error
+
+
+def _jsonl(path: Path, text: str) -> Iterator[tuple[int, object]]:
+    for line, source in enumerate(text.split("\n"), 1):  # splitlines would split inside of strings
+        if not source.strip():
+            continue
+        with _blame(path, line):
+            try:
+                record = json.loads(source, object_pairs_hook=_distinct)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"it is not JSON ({error.msg}, column {error.colno}): write one object per line"
+                ) from error
+        yield line, record
+
+
+def _csv(path: Path, text: str) -> Iterator[tuple[int, object]]:
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] = []
+    while True:
+        line = rows.line_num + 1
+        with _blame(path, line):
+            row = next(rows, None)
+            if row is None:
+                return
+            if not any(cell.strip() for cell in row):
+                continue
+            if not header:
+                header = [cell.strip() for cell in row]
+                for name in header:
+                    if name not in _KEYS or header.count(name) > 1:
+                        raise ValueError(f"bad column {name!r:.80}: the columns are {','.join(_KEYS)}")
+                continue
+            if len(row) != len(header):
+                raise ValueError(
+                    f"it has {len(row)} cells under {len(header)} columns: quote cells with commas"
+                )
+            record: dict[str, object] = {k: cell for k, cell in zip(header, row, strict=True) if cell.strip()}
+            if "keep" in record:
+                record["keep"] = [word.strip() for word in str(record["keep"]).split(";")]
+        yield line, record
+
+
+def _pair(record: object) -> PromptPair:
+    """Raises ValueError on anything but one line's record."""
+    if type(record) is not dict:
+        raise ValueError("it is not an object: write {...}")
+    for name in record:
+        if name not in _KEYS:
+            raise ValueError(f"unknown key {name!r:.80}: the keys are {', '.join(_KEYS)}")
+    for name in ("domain", "safe"):
+        if name not in record:
+            raise ValueError(f"it lacks '{name}': add it")
+    for name in ("domain", "safe", "unsafe"):
+        if type(record.get(name, "")) is not str:
+            raise ValueError(f"{name} is {record[name]!r:.80}: write a text, or leave it out")
+    keep = record.get("keep", [])
+    if type(keep) is not list or any(type(word) is not str for word in keep):
+        raise ValueError(f"keep is {keep!r:.80}: write a list of texts")
+    return PromptPair(record["domain"], record["safe"], record.get("unsafe"), tuple(keep))
+
+
+def _distinct(items: list[tuple[str, object]]) -> dict[str, object]:
+    record = dict(items)
+    if len(record) < len(items):
+        raise ValueError("it has a key twice: remove one")
+    return record
+
+
+@contextmanager
+def _blame(path: Path, line: int) -> Iterator[None]:
+    """Faults found inside leave as a PromptError that names the file and line."""
+    try:
+        yield
+    except RecursionError as error:
+        raise PromptError(f"{path}, line {line}: it is nested too deeply. Write one flat object.") from error
+    except csv.Error as error:
+        raise PromptError(f"{path}, line {line}: {error}. Check its commas and quotes.") from error
+    except ValueError as error:
+        raise PromptError(f"{path}, line {line}: {error}.") from error

@@ -1,0 +1,280 @@
+"""Source training of a sparse autoencoder and decoder-only transfer to a target domain (Eq. 12-15)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .sae import SAE
+
+AUX_WEIGHT = 1 / 32
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """`kind`: `batch_topk` (k features a token on average) or `relu_l1` (weight `l1`)."""
+
+    kind: str = "batch_topk"
+    features: int = 2048
+    k: int = 24
+    l1: float = 0.03
+    steps: int = 1500
+    batch: int = 2048  # tokens
+    lr: float = 1e-3
+    warmup: int = 100
+    dead_after: int = 200  # steps without firing
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("batch_topk", "relu_l1"):
+            raise ValueError(f"unknown kind of SAE '{self.kind}': expected batch_topk or relu_l1")
+        if not 0 < self.k <= self.features:
+            raise ValueError(f"k must lie between 1 and the {self.features} features, got {self.k}")
+
+
+class Trainee(nn.Module):
+    """The parameters of an SAE in training, in normalised space x = (a - mean) / scale."""
+
+    def __init__(self, settings: TrainSettings, sample: Tensor):
+        """`sample` [N, d]: the first activations, which fix mean and scale (mean |x|^2 = d)."""
+        super().__init__()
+        generator = torch.Generator().manual_seed(settings.seed)
+        width = sample.shape[1]
+        mean = sample.mean(0)
+        self.settings = settings
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", (sample - mean).square().mean().sqrt().clamp(min=1e-6))
+        decoder = torch.randn(settings.features, width, generator=generator)
+        decoder /= decoder.norm(dim=1, keepdim=True)
+        self.encoder_weight = nn.Parameter(decoder.clone())  # tied at the start: fewer dead features
+        self.encoder_bias = nn.Parameter(torch.zeros(settings.features))
+        self.decoder_weight = nn.Parameter(decoder)
+        self.decoder_bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("threshold", torch.zeros(()))  # running mean of the smallest active z
+        self.register_buffer("idle", torch.zeros(settings.features))  # steps since a feature fired
+        self.mean: Tensor
+        self.scale: Tensor
+        self.threshold: Tensor
+        self.idle: Tensor
+
+    def loss(self, a: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """a [N, d] -> loss and figures. Updates the threshold and the idle counts."""
+        s = self.settings
+        x = (a - self.mean) / self.scale
+        h = x @ self.encoder_weight.T + self.encoder_bias
+        z = torch.relu(h)
+        if s.kind == "batch_topk":
+            smallest = z.flatten().kthvalue(z.numel() - s.k * len(x) + 1).values.detach()
+            z = torch.where(z >= smallest.clamp(min=1e-9), z, 0.0)
+            first = self.threshold == 0
+            self.threshold.lerp_(smallest, 1.0 if first else 0.01)
+        error = x - (z @ self.decoder_weight + self.decoder_bias)
+        loss = error.square().sum(1).mean() / x.shape[1]
+        figures = {
+            "fvu": (error.square().sum() / (x - x.mean(0)).square().sum()).item(),
+            "l0": (z > 0).float().sum(1).mean().item(),
+        }
+        self.idle += 1
+        self.idle[(z > 0).any(0)] = 0
+        dead = self.idle > s.dead_after
+        figures["dead"] = dead.float().mean().item()
+        if s.kind == "relu_l1":
+            loss = loss + s.l1 * z.sum(1).mean() / x.shape[1]
+        if dead.any():  # the dead features learn what the living leave unexplained
+            k = min(int(dead.sum()), x.shape[1] // 2)
+            value, index = h[:, dead].topk(k, dim=1)
+            rows = self.decoder_weight[dead]
+            code = torch.zeros(len(x), len(rows)).scatter(1, index, torch.relu(value))
+            target = error.detach()
+            loss = loss + AUX_WEIGHT * (target - code @ rows).square().sum(1).mean() / x.shape[1]
+        return loss, figures
+
+    @torch.no_grad()
+    def normalise_decoder(self) -> None:
+        self.decoder_weight /= self.decoder_weight.norm(dim=1, keepdim=True).clamp(min=1e-8)
+
+    @torch.no_grad()
+    def freeze(self) -> SAE:
+        """The inference form."""
+        return SAE(
+            encoder_weight=self.encoder_weight.detach().clone(),
+            encoder_bias=self.encoder_bias.detach().clone(),
+            threshold=self.threshold.expand(self.settings.features).clone(),
+            decoder_weight=self.decoder_weight.detach().clone(),
+            decoder_bias=self.decoder_bias.detach().clone(),
+            mean=self.mean.clone(),
+            scale=self.scale.clone(),
+        )
+
+
+def train_sae(
+    batches: Callable[[int], Iterator[Tensor]],
+    settings: TrainSettings,
+    *,
+    checkpoint: Path | None = None,
+    progress: Callable[[int, dict[str, float]], None] | None = None,
+) -> tuple[SAE, list[dict[str, float]]]:
+    """Trains on `batches(epoch)`, which yields activations [batch, d], for `settings.steps` steps.
+
+    With `checkpoint`, a killed run continues where it was and ends in the same SAE. Returns the
+    SAE and the training curve (fvu, l0, dead per 25 steps). Raises ValueError on no data.
+    """
+    first = next(batches(0), None)
+    if first is None:
+        raise ValueError("no activations to train on")
+    trainee = Trainee(settings, first)
+    optimizer = torch.optim.Adam(trainee.parameters(), settings.lr, (0.9, 0.99))
+    curve: list[dict[str, float]] = []
+    done = 0
+    if checkpoint is not None and checkpoint.exists():
+        done, curve = _load_checkpoint(checkpoint, settings, trainee, optimizer)
+    for step, a in enumerate(_endless(batches)):
+        if step >= settings.steps:
+            break
+        if step < done:  # the data of the steps that a killed run has already taken
+            continue
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * min(1.0, (step + 1) / settings.warmup, 5 * (1 - step / settings.steps))
+        loss, figures = trainee.loss(a)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        trainee.normalise_decoder()
+        if (step + 1) % 25 == 0 or step + 1 == settings.steps:
+            curve.append({"step": step + 1, **figures})
+            if progress is not None:
+                progress(step + 1, figures)
+        if checkpoint is not None and (step + 1) % 250 == 0:
+            _save_checkpoint(checkpoint, settings, trainee, optimizer, step + 1, curve)
+    return trainee.freeze(), curve
+
+
+def _endless(batches: Callable[[int], Iterator[Tensor]]) -> Iterator[Tensor]:
+    epoch = 0
+    while True:
+        yield from batches(epoch)
+        epoch += 1
+
+
+def _save_checkpoint(
+    path: Path,
+    settings: TrainSettings,
+    trainee: Trainee,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    curve: list[dict[str, float]],
+) -> None:
+    tensors = {f"sae.{k}": v.contiguous() for k, v in trainee.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
+    part = path.with_name(path.name + ".part")
+    meta = {"step": str(step), "settings": json.dumps(asdict(settings)), "curve": json.dumps(curve)}
+    save_file(tensors, part, meta)
+    os.replace(part, path)
+
+
+def _load_checkpoint(
+    path: Path, settings: TrainSettings, trainee: Trainee, optimizer: torch.optim.Optimizer
+) -> tuple[int, list[dict[str, float]]]:
+    with safe_open(path, "pt") as file:
+        meta = file.metadata()
+    if meta["settings"] != json.dumps(asdict(settings)):
+        raise ValueError(f"{path} was written with other settings: delete it, or train with those")
+    tensors = load_file(path)
+    trainee.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
+    state: dict[int, dict[str, Tensor]] = {}
+    for key in (k for k in tensors if k.startswith("optimizer.")):
+        _, index, name = key.split(".")
+        state.setdefault(int(index), {})[name] = tensors[key]
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return int(meta["step"]), json.loads(meta["curve"])
+
+
+def pooled_code(sae: SAE, images: Tensor) -> Tensor:
+    """images [N, S, K, d] -> mean code over steps and tokens [N, F]."""
+    return torch.stack([sae.encode(image.float()).mean((0, 1)) for image in images])
+
+
+def select_features(
+    unsafe: Tensor, safe: Tensor, *, specificity: float = 0.9, most: int = 64
+) -> tuple[list[int], list[float]]:
+    """Harmful features of one domain and their evidence weights.
+
+    unsafe [N, F] and safe [M, F] are pooled codes of whole images, from a split of their own;
+    `safe` holds images of every domain's safe rewrites and of purely safe prompts. A feature
+    counts where mean(unsafe) / (mean(unsafe) + mean(safe)) >= specificity; of those the `most`
+    with the largest separation (mean difference over pooled deviation) are kept, in ascending
+    order. A plain mean difference would pick features that are common everywhere. The evidence
+    weight is that of a diagonal linear discriminant, difference over variance, largest = 1.
+    """
+    high, low = unsafe.mean(0), safe.mean(0)
+    share = high / (high + low).clamp(min=1e-12)
+    variance = unsafe.var(0) + safe.var(0)
+    separation = (high - low) / variance.clamp(min=1e-12).sqrt()
+    separation[(share < specificity) | (high <= 0)] = -1.0
+    index = separation.topk(min(most, len(separation))).indices
+    index = index[separation[index] > 0].sort().values
+    if len(index) == 0:
+        return [], []
+    weight = (high - low)[index] / (variance[index] + variance[index].median())
+    return index.tolist(), (weight / weight.max()).tolist()
+
+
+@dataclass
+class Regression:
+    """Sums for the least squares of decoder transfer; add up over shards and processes."""
+
+    gram: Tensor  # [R, R]
+    cross: Tensor  # [R, d]
+
+    @classmethod
+    def zeros(cls, rows: int, width: int) -> Regression:
+        return cls(torch.zeros(rows, rows, dtype=torch.float64), torch.zeros(rows, width, dtype=torch.float64))
+
+    def add(self, z: Tensor, target: Tensor, weight: float) -> None:
+        """z [N, R] and the change it should cause, target [N, d], in normalised space."""
+        fired = (z > 0).any(1)  # other tokens contribute nothing
+        z, target = z[fired].double(), target[fired].double()
+        self.gram += weight * z.T @ z
+        self.cross += weight * z.T @ target
+
+
+def adapt_decoder(
+    rows: SAE,
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    replay: Iterable[tuple[Tensor, Tensor]] = (),
+    safe: Iterable[Tensor] = (),
+    *,
+    replay_weight: float = 0.2,
+    stability: float = 0.01,
+) -> Tensor:
+    """Decoder-only transfer: the change dW [R, d] of the rows of the harmful features.
+
+    `rows` is the frozen SAE of those features; `pairs` are (unsafe, safe) activations [N, d] of
+    the target domain, aligned by step and token; `replay` the same of the source domain; `safe`
+    activations that should not move. Minimises
+
+        sum |(a_safe - a_unsafe)/s - dW^T z_M|^2 + replay_weight * (the same on replay)
+            + sum |dW^T z_M(safe)|^2 + stability * tr(G)/R |dW|^2
+
+    exactly: with the encoder frozen this is least squares in dW, so the sums of z z^T and z
+    delta^T (Regression) replace the paper's gradient steps (lr 5e-5), and repeat bit for bit.
+    """
+    sums = Regression.zeros(rows.features, rows.width)
+    for unsafe, rewritten in pairs:
+        sums.add(rows.encode(unsafe), (rewritten - unsafe) / rows.scale, 1.0)
+    for unsafe, rewritten in replay:
+        sums.add(rows.encode(unsafe), (rewritten - unsafe) / rows.scale, replay_weight)
+    for a in safe:
+        sums.add(rows.encode(a), torch.zeros_like(a), 1.0)
+    ridge = stability * sums.gram.diagonal().mean().clamp(min=1e-9)
+    return torch.linalg.solve(sums.gram + ridge * torch.eye(rows.features).double(), sums.cross).float()
