@@ -67,7 +67,7 @@ def choose_features(
     store: ActivationStore, position: str, sae: SAE, domain: str, recipe: Recipe
 ) -> tuple[list[int], list[float]]:
     """The harmful features of `domain` at `position`, with evidence weights, on the selection split."""
-    chosen = {d: split(store.indices(d))[1] for d in {p.domain for p in store.prompts}}
+    chosen = {d: split(store.indices(d))[1] for d in sorted({p.domain for p in store.prompts})}
     unsafe = [image[0].float() for image in store.images(position, chosen[domain])]
     safe = [image for indices in chosen.values() for image in _safe_images(store, position, indices)]
     return select_features(

@@ -99,7 +99,8 @@ def compile_site(
     whole = dictionary.sae(position) if needs_whole else None
     for d, name in enumerate(domains):
         domain = dictionary.card.domains[name]
-        columns = [column[f] for f in domain.features.get(position, [])]
+        mine = domain.features.get(position, [])
+        columns = [column[f] for f in mine]
         member[d, columns] = 1.0
         norm = 1.0 if domain.gate is None else domain.gate.norms.get(position, float("inf"))
         evidence[d, columns] = torch.tensor(domain.weights.get(position, [])) / norm
@@ -107,7 +108,8 @@ def compile_site(
         if adapter is not None:
             moved, change = adapter
             delta[d] = torch.zeros(len(index), rows.width)
-            delta[d][[column[int(f)] for f in moved]] = change * rows.scale
+            own = [i for i, f in enumerate(moved.tolist()) if f in mine]  # z_M: no other feature acts
+            delta[d][[column[f] for f in moved[own].tolist()]] = change[own] * rows.scale
         if whole is not None:
             decoder = whole.decoder_weight.clone()
             if adapter is not None:

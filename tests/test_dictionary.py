@@ -78,7 +78,7 @@ def make_card() -> Card:
         ARCHITECTURE,
         {p: PositionInfo(PREFIX[p], {"fvu": 0.1, "l0": 8.5, "dead": 0.0}) for p in FEATURES},
         domains,
-        [Action("single.0.img", "repel", "residual", 1.5, (1.0, 0.2), {"semantic": 0.7})],
+        [Action("single.0.img", "repel", "residual", 1.5, (1.0, 0.2), {"semantic": 0.7}, "weapons")],
         {"seed": 0, "steps": [1, 2, None, True], "lr": 1e-3},
         {"data": "MIT", "weights": "Apache-2.0"},
         "Ada Lovelace",
@@ -96,7 +96,7 @@ def make_adapter_card(base: str) -> Card:
     domain = Domain({"single.0.img": [1, 7, 8, 11]}, {"single.0.img": [1.0, 1.0, 2.0, 3.0]})
     plan = [
         Action("single.0.img", "repel", "paper", 9.0),
-        Action("single.0.img", "blend", "residual", 1.0),
+        Action("single.0.img", "blend", "residual", 1.0, domain="shock"),
     ]
     return Card(ARCHITECTURE, {}, {"shock": domain}, plan, base_sha256=base)
 
@@ -208,6 +208,7 @@ def test_the_metadata_is_as_specified(path: Path) -> None:
             "strength": 1.5,
             "window": [1.0, 0.2],
             "score": {"semantic": 0.7},
+            "domain": "weapons",
         }
     ]
 
@@ -281,7 +282,11 @@ def test_adapter_merges(path: Path, adapter: Path) -> None:
     merged = base.with_adapters(adapter)
     assert set(base.card.domains) == {"weapons", "substances"}
     assert set(merged.card.domains) == {"weapons", "substances", "shock"}
-    assert [(a.operator, a.strength) for a in merged.card.plan] == [("repel", 1.5), ("blend", 1.0)]
+    assert [(a.operator, a.strength, a.domain) for a in merged.card.plan] == [
+        ("repel", 1.5, "weapons"),
+        ("repel", 9.0, "shock"),  # in its file for all domains, which are but its own
+        ("blend", 1.0, "shock"),
+    ]
     assert merged.sha256 == base.sha256 and merged.path == base.path
     assert check(adapter) == make_adapter_card(base.sha256)
 
@@ -292,6 +297,26 @@ def test_adapter_merges(path: Path, adapter: Path) -> None:
     assert rows.dtype == torch.int64 and rows.tolist() == [7, 11]
     assert delta.dtype == torch.float32 and torch.equal(delta, torch.ones(2, 6))
     assert merged.delta("single.0.img", "substances") is not None
+
+
+def test_a_plan_for_all_domains_covers_an_adapters(path: Path) -> None:
+    card = make_card()
+    card.plan = [Action("single.0.img", "blend", "residual", 2.0)]
+    save_dictionary(path, card, {p: make_sae(p) for p in FEATURES}, make_adapters())
+    base = Dictionary.open(path)
+    merged = base.with_adapters(write_adapter(path, make_adapter_card(base.sha256)))
+    assert [(a.operator, a.strength, a.domain) for a in merged.card.plan] == [
+        ("blend", 2.0, ""),
+        ("repel", 9.0, "shock"),
+    ]
+
+
+def test_without_gates_only_the_gates_are_gone(path: Path, adapter: Path) -> None:
+    gated = Dictionary.open(path).with_adapters(adapter)
+    bare = gated.without_gates()
+    assert gated.card.domains["weapons"].gate and not any(d.gate for d in bare.card.domains.values())
+    assert bare.card.domains["weapons"].features == gated.card.domains["weapons"].features
+    assert bare.delta("single.0.img", "shock") is not None and bare.card.plan == gated.card.plan
 
 
 def test_adapter_clash(path: Path, adapter: Path) -> None:
@@ -414,6 +439,7 @@ def test_bad_tensors_are_not_saved(path: Path, name: str, value: torch.Tensor) -
         ("licence data", None),
         ("licence model", "MIT"),
         ("plan 0", Action("double.0.img", "repel", "paper", 1.0)),
+        ("plan 0", Action("text", "repel", "paper", 1.0, domain="shock")),
         ("title", None),
         ("title", "\x1b[31m"),
         ("title", "\ud800"),
@@ -610,6 +636,8 @@ CARD_CASES = [
     ("plan 0 operator", "delete"),
     ("plan 0 operator", ["repel"]),
     ("plan 0 form", "other"),
+    ("plan 0 domain", "shock"),
+    ("plan 0 domain", None),
     ("plan 0 strength", 11),
     ("plan 0 strength", True),
     ("plan 0 strength", -0.1),

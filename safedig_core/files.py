@@ -1,0 +1,140 @@
+"""Files that strangers wrote, and files that are replaced whole.
+
+Inside a reader a fault is a plain ValueError; `blame` adds the file's name and the remedy on the
+way out, as the reader's own error class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from safetensors import SafetensorError
+
+MAX_TEXT = 4000  # characters
+MAX_ITEMS = 1 << 16  # of any list or object
+
+# no control characters, half surrogates or marks that turn the direction of text
+TEXT = re.compile(r"[^\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]*")
+DOMAIN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+
+PathLike = str | os.PathLike[str]
+
+_SCALARS: dict[Any, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float)}
+_SCALARS[Any] = (str, int, float, bool, type(None))
+_DEPTH = 16  # of nesting
+
+
+def need(condition: object, fault: str) -> None:
+    if not condition:
+        raise ValueError(fault)
+
+
+@contextmanager
+def blame(kind: type[ValueError], path: PathLike, remedy: str) -> Iterator[None]:
+    """Faults found inside leave as an error of this `kind` that names the file."""
+    try:
+        yield
+    except kind:
+        raise
+    except OSError as error:
+        fault = error.strerror or error
+        raise kind(f"{path}: {fault}. Check the name, the disk and the permissions.") from error
+    except (ValueError, RecursionError, SafetensorError) as error:
+        fault = "".join(c for c in str(error)[:1000] if c.isprintable())
+        raise kind(f"{path}: {fault}. {remedy}") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` once it is safe on the disk."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def parse_object(text: str, what: str) -> dict[str, Any]:
+    """A JSON object without repeated keys, NaN or infinities. Raises ValueError."""
+
+    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
+        need(len(value := dict(items)) == len(items), f"{what} has a key twice")
+        return value
+
+    def number(text: str) -> float:
+        need(math.isfinite(value := float(text)), f"{what} has a number that is not finite")
+        return value
+
+    try:
+        value = json.loads(text, object_pairs_hook=pairs, parse_float=number, parse_constant=number)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{what} is not JSON ({error.msg}, at {error.pos})") from error
+    need(type(value) is dict, f"{what} is not an object")
+    return value
+
+
+def build(kind: Any, value: Any, what: str, depth: int = _DEPTH) -> Any:
+    """JSON as a `kind`: str, int (a count), float, list, tuple, dict, dataclass, Any or T | None.
+
+    A class inside of `kind` that has a `from_json` builds itself. Raises ValueError on anything
+    that does not fit, and on texts, lists and objects over MAX_TEXT and MAX_ITEMS.
+    """
+    need(depth, f"{what:.60} is nested too deeply")
+    if depth < _DEPTH and hasattr(kind, "from_json"):  # the outermost is being built by its own
+        return kind.from_json(value)
+    if kind is Any and type(value) in (dict, list):
+        kind = dict[str, Any] if type(value) is dict else list[Any]
+    outer, inner = get_origin(kind), get_args(kind)
+    if type(None) in inner:
+        return None if value is None else build(inner[0], value, what, depth)
+
+    if outer is dict or is_dataclass(kind):
+        need(type(value) is dict and len(value) <= MAX_ITEMS, f"{what:.60} is not an object of our size")
+        need(all(_is_text(key) for key in value), f"{what:.60} has a key that is too long or odd")
+        kinds = get_type_hints(kind) if is_dataclass(kind) else dict.fromkeys(value, inner[-1])
+        for name in value.keys() - kinds.keys():
+            raise ValueError(f"{what:.60} has an unexpected '{name:.60}'")
+        found = {k: build(kinds[k], entry, f"{what}.{k}", depth - 1) for k, entry in value.items()}
+        if not is_dataclass(kind):
+            return found
+        for f in fields(kind):
+            needed = f.default is MISSING and f.default_factory is MISSING
+            need(f.name in found or not needed, f"{what:.60} lacks '{f.name}'")
+        return kind(**found)  # type: ignore
+    if outer in (list, tuple):
+        fits = type(value) in (list, tuple) and len(value) <= MAX_ITEMS
+        need(fits and (outer is list or len(value) == len(inner)), f"{what:.60} is not a list of our size")
+        return outer(build(inner[0], entry, what, depth - 1) for entry in value)
+
+    fits = type(value) in _SCALARS[kind]
+    if isinstance(value, str):
+        fits = fits and _is_text(value)
+    elif isinstance(value, (int, float)):
+        fits = fits and (0 if kind is int else -1e30) <= value <= 1e30
+    need(fits, f"{what:.60} is {value!r:.60}, which is not what belongs there")
+    return float(value) if kind is float else value  # type: ignore
+
+
+def _is_text(value: str) -> bool:
+    return len(value) <= MAX_TEXT and TEXT.fullmatch(value) is not None
