@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .activations import ActivationStore
 from .calibration import calibrated_gate, probe
-from .hosts import Host
 from .dictionary import (
     Action,
     Card,
@@ -25,6 +24,7 @@ from .dictionary import (
     save_adapter,
     save_dictionary,
 )
+from .hosts import Host
 from .prompts import PromptPair
 from .sae import SAE, quality
 from .training import TrainSettings, adapt_decoder, pooled_code, select_features, train_sae
@@ -124,9 +124,7 @@ def calibrate(
 
     seen = probe(host, dictionary, [domain], windows, safe + unsafe, CALIBRATION_SEED, progress=report)
     seen = seen[:, :, 0]
-    gate = calibrated_gate(
-        list(windows), seen[: len(safe)], seen[len(safe) :], recipe.false_positive_rate
-    )
+    gate = calibrated_gate(list(windows), seen[: len(safe)], seen[len(safe) :], recipe.false_positive_rate)
     return replace(dictionary.card.domains[domain], gate=gate)
 
 
@@ -217,7 +215,8 @@ def build_adapter(
         features, weights = choose_features(store, position, sae, domain, recipe)
         found.features[position], found.weights[position] = features, weights
         index = torch.tensor(features, dtype=torch.int64)
-        adapters[position, domain] = (index, fit_adapter(store, position, sae.rows(index), domain, source, recipe))
+        delta = fit_adapter(store, position, sae.rows(index), domain, source, recipe)
+        adapters[position, domain] = (index, delta)
     card = Card(
         dictionary.card.architecture,
         domains={domain: found},

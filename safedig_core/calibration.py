@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-
 import torch
 from torch import Tensor
 
-from .hosts import Host
 from .dictionary import Dictionary, Gate
 from .evaluation import roc
+from .hosts import Host
 from .steering import Site, compile_site
 
 WITNESS_AUROC = 0.9  # weaker positions only add false alarms to the running maximum

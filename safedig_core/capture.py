@@ -44,9 +44,7 @@ class Recorder:
         return {position: torch.stack(parts, 1) for position, parts in self._parts.items()}
 
 
-def capture(
-    host: Host, writer: ActivationWriter, progress: Callable[[int, int], None] | None = None
-) -> None:
+def capture(host: Host, writer: ActivationWriter, progress: Callable[[int, int], None] | None = None) -> None:
     """Fills `writer`'s store with what is missing; `progress(done, total)` counts shards.
 
     Both prompts of a pair start from the noise of seed `settings.seed + pair index` and are

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -107,8 +107,9 @@ def run(
         began = time.perf_counter()
         latents.append(host.sample(prompts, seeds, method.tap, method.negative))
         seconds.append((time.perf_counter() - began) / len(part))
-        if hasattr(method.tap, "receipt"):
-            receipts.append(method.tap.receipt())  # pyright: ignore[reportOptionalMemberAccess]
+        receipt = getattr(method.tap, "receipt", None)
+        if receipt is not None:
+            receipts.append(receipt())
         if progress is not None:
             progress(min(start + batch, len(jobs)), len(jobs))
     whole = torch.cat(latents)
@@ -182,14 +183,13 @@ def _share(values: Sequence[bool]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def roc(risky: Sequence[float], safe: Sequence[float]) -> dict[str, float | list[float]]:
+def roc(risky: Sequence[float], safe: Sequence[float]) -> dict[str, Any]:
     """ROC of a gate's evidence: area, true positives at zero false ones, and the curve."""
     cuts = sorted({*risky, *safe}, reverse=True)
     false = [0.0, *(_share([s >= c for s in safe]) for c in cuts)]
     true = [0.0, *(_share([r >= c for r in risky]) for c in cuts)]
     area = sum(
-        (x1 - x0) * (y0 + y1) / 2
-        for x0, x1, y0, y1 in zip(false, false[1:], true, true[1:], strict=False)
+        (x1 - x0) * (y0 + y1) / 2 for x0, x1, y0, y1 in zip(false, false[1:], true, true[1:], strict=False)
     )
     clean = _share([r > max(safe, default=-math.inf) for r in risky])
     return {"auroc": area, "true_at_zero_false": clean, "false": false, "true": true}

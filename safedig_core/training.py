@@ -141,8 +141,9 @@ def train_sae(
             break
         if step < done:  # the data of the steps that a killed run has already taken
             continue
+        rate = min(1.0, (step + 1) / settings.warmup, 5 * (1 - step / settings.steps))
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * min(1.0, (step + 1) / settings.warmup, 5 * (1 - step / settings.steps))
+            group["lr"] = settings.lr * rate
         loss, figures = trainee.loss(a)
         loss.backward()
         nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
@@ -238,7 +239,7 @@ class Regression:
 
     @classmethod
     def zeros(cls, rows: int, width: int) -> Regression:
-        return cls(torch.zeros(rows, rows, dtype=torch.float64), torch.zeros(rows, width, dtype=torch.float64))
+        return cls(torch.zeros(rows, rows).double(), torch.zeros(rows, width).double())
 
     def add(self, z: Tensor, target: Tensor, weight: float) -> None:
         """z [N, R] and the change it should cause, target [N, d], in normalised space."""

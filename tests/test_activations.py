@@ -208,7 +208,7 @@ def test_batches_are_shuffled(whole: Path) -> None:
 # resuming
 
 
-def damage_shard(change: Callable[[Path], None]) -> Callable[[Path], None]:
+def damage_shard(change: Callable[[Path], object]) -> Callable[[Path], object]:
     return lambda folder: change(folder / "shard-00001.safetensors")
 
 

@@ -52,7 +52,8 @@ def test_rows_of_an_sae_give_the_dense_result(seed: int, features: int, width: i
 def test_operators_match_their_equations(tmp_path: Path, operator: str, form: str) -> None:
     s = steering(tmp_path, operator, form, 0.7)
     a, d = activation(), s.dictionary
-    sae, (rows, delta) = d.sae(POSITION), d.delta(POSITION, "weapons")
+    sae = d.sae(POSITION)
+    rows, delta = d.delta(POSITION, "weapons") or pytest.fail("no adapter")
     z = sae.encode(a)
     masked = torch.zeros_like(z)
     masked[..., rows] = z[..., rows]
@@ -62,8 +63,7 @@ def test_operators_match_their_equations(tmp_path: Path, operator: str, form: st
         ("repel", "residual"): a - 0.7 * sae.scale * masked @ sae.decoder_weight,
         ("blend", "residual"): a + 0.7 * sae.scale * z[..., rows] @ delta,
         ("repel", "paper"): a - 0.7 * (sae.decode(masked) - a),
-        ("blend", "paper"): 0.3 * a
-        + 0.7 * (sae.scale * (z @ transferred + sae.decoder_bias) + sae.mean),
+        ("blend", "paper"): 0.3 * a + 0.7 * (sae.scale * (z @ transferred + sae.decoder_bias) + sae.mean),
     }[operator, form]
     assert torch.allclose(applied(s, a), expected, atol=1e-4)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -13,21 +14,23 @@ from ..positions import Architecture, Position
 Handler = Callable[[str, Tensor], Tensor]
 
 
-def architecture_of(transformer: nn.Module) -> Architecture:
+def architecture_of(transformer: Any) -> Architecture:
     """The shapes of a FluxTransformer2DModel or SD3Transformer2DModel; others are refused by name."""
     kind = type(transformer).__name__
+    if kind not in ("FluxTransformer2DModel", "SD3Transformer2DModel"):
+        raise ValueError(
+            f"{kind} cannot be steered: expected FluxTransformer2DModel or SD3Transformer2DModel"
+        )
     config = transformer.config
     width = config.num_attention_heads * config.attention_head_dim
     if kind == "FluxTransformer2DModel":
         blocks = (config.num_layers, config.num_single_layers)
         return Architecture("flux", blocks, width, config.joint_attention_dim)
-    if kind == "SD3Transformer2DModel":
-        return Architecture("sd3", (config.num_layers, 0), width, config.joint_attention_dim)
-    raise ValueError(f"{kind} cannot be steered: expected FluxTransformer2DModel or SD3Transformer2DModel")
+    return Architecture("sd3", (config.num_layers, 0), width, config.joint_attention_dim)
 
 
 @contextmanager
-def attached(transformer: nn.Module, positions: Iterable[str], handler: Handler) -> Iterator[None]:
+def attached(transformer: Any, positions: Iterable[str], handler: Handler) -> Iterator[None]:
     """While open, every activation of `positions` is replaced by `handler(position, activation)`.
 
     Activations are [B, T, d]; a handler that returns its input changes nothing.
@@ -42,11 +45,12 @@ def attached(transformer: nn.Module, positions: Iterable[str], handler: Handler)
     try:
         for (kind, index), streams in wanted.items():
             if kind == "text":
-                module = transformer.context_embedder
-                handles.append(module.register_forward_pre_hook(_text_hook(streams["txt"], handler)))
-            else:
-                blocks = transformer.single_transformer_blocks if kind == "single" else transformer.transformer_blocks
-                handles.append(blocks[index].register_forward_hook(_block_hook(streams, handler)))
+                hook = _text_hook(streams["txt"], handler)
+                handles.append(transformer.context_embedder.register_forward_pre_hook(hook))
+                continue
+            single = kind == "single"
+            blocks = transformer.single_transformer_blocks if single else transformer.transformer_blocks
+            handles.append(blocks[index].register_forward_hook(_block_hook(streams, handler)))
         yield
     finally:
         for handle in handles:
