@@ -24,12 +24,13 @@ from .dictionary import (
     save_adapter,
     save_dictionary,
 )
-from .hosts import Host
+from .hosts import Everywhere, Host
 from .prompts import PromptPair
 from .sae import SAE, quality
 from .training import TrainSettings, adapt_decoder, pooled_code, select_features, train_sae
 
 CALIBRATION_SEED = 1_000_000
+RECOVERY_SEED = 3_000_000
 SELECT_EVERY = 4
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -76,6 +77,23 @@ def choose_features(
         specificity=recipe.specificity,
         most=recipe.most_features,
     )
+
+
+def loss_recovered(
+    host: Host, store: ActivationStore, position: str, sae: SAE, indices: Sequence[int]
+) -> float:
+    """(L_mean - L_sae) / (L_mean - L): how much of the model's denoising loss survives where the
+    position's activation is replaced by its reconstruction, against its mean; on captured latents."""
+    latents = store.latents(indices).transpose(0, 1).flatten(0, 1)  # all unsafe, then all safe
+    prompts = [store.prompts[i].unsafe or "" for i in indices] + [store.prompts[i].safe for i in indices]
+    seeds = [RECOVERY_SEED + i for i in range(len(prompts))]
+
+    def loss(change: Callable[[Tensor], Tensor]) -> float:
+        tap = Everywhere([position], lambda _, a: change(a))
+        return sum(host.denoising_loss(prompts, latents, seeds, sigma, tap) for sigma in (0.9, 0.6, 0.3))
+
+    plain, mean = loss(lambda a: a), loss(lambda a: sae.mean.expand_as(a))
+    return (mean - loss(sae.reconstruct)) / (mean - plain)
 
 
 def fit_adapter(
@@ -168,8 +186,10 @@ def build_dictionary(
         features, weights = choose_features(store, position, sae, source, recipe)
         rest = sorted(set(range(sae.features)) - set(features))
         sae = sae.rows(torch.tensor(features + rest))  # harmful features first
-        held_out = store.tokens(position, split(store.indices(source))[1])
-        infos[position] = PositionInfo(len(features), quality(sae, held_out))
+        held_out = split(store.indices(source))[1]
+        measured = quality(sae, store.tokens(position, held_out))
+        measured["loss_recovered"] = loss_recovered(host, store, position, sae, held_out)
+        infos[position] = PositionInfo(len(features), measured)
         index = list(range(len(features)))
         saes[position] = sae
         domain.features[position], domain.weights[position] = index, weights

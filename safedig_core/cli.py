@@ -9,17 +9,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import __version__
 from .activations import ActivationStore, ActivationWriter, StoreSettings
 from .build import Recipe, build_adapter, build_dictionary
 from .capture import capture
-from .hosts import Host
 from .dictionary import Card, Dictionary, check
-
+from .hosts import Host
 from .prompts import PromptPair, read_prompts
 from .routing import Route, chosen, route
-from .training import TrainSettings
+
+if TYPE_CHECKING:  # diffusers: only where a model is loaded
+    from .pocket.model import PocketModel
 
 MODELS = ("pocket-flux",)
 
@@ -43,15 +45,15 @@ class Progress:
         self._last = (kind, tenth)
 
 
-def load_host(model: str) -> Host:
+def load_host(model: str) -> PocketModel:
     from .pocket.model import load_pocket
 
     return load_pocket(model)
 
 
-def captured_steps(total: int, count: int) -> list[int]:
+def captured_steps(total: int, count: int) -> tuple[int, ...]:
     """`count` of `total` sampling steps, evenly spread, the first always among them."""
-    return sorted({round(i * total / count) for i in range(min(count, total))})
+    return tuple(sorted({round(i * total / count) for i in range(min(count, total))}))
 
 
 def store_settings(
@@ -66,13 +68,13 @@ def store_settings(
 ) -> StoreSettings:
     return StoreSettings(
         architecture=host.architecture,
-        positions=list(positions or host.architecture.positions()),
+        positions=tuple(positions or host.architecture.positions()),
         model=host.name,
         seed=seed,
         steps=captured_steps(host.steps, steps),
         tokens_per_image=tokens_per_image,
         pairs_per_shard=pairs_per_shard,
-        prompts=list(prompts),
+        prompts=tuple(prompts),
         sampler={"steps": host.steps},
     )
 
@@ -91,7 +93,10 @@ def run_capture(o: argparse.Namespace, progress: Progress) -> dict:
     writer = ActivationWriter.open(o.store, settings)
     capture(host, writer, lambda done, total: progress("capture", done, total))
     size = sum(f.stat().st_size for f in o.store.iterdir())
-    print(f"{o.store}: {len(settings.prompts)} lines at {len(settings.positions)} positions, {size / 2**20:.0f} MB")
+    print(
+        f"{o.store}: {len(settings.prompts)} lines at {len(settings.positions)} positions, "
+        f"{size / 2**20:.0f} MB"
+    )
     return {"store": str(o.store), "lines": len(settings.prompts), "bytes": size}
 
 
@@ -171,7 +176,10 @@ def recipe_of(o: argparse.Namespace) -> Recipe:
 
 def card_text(card: Card) -> str:
     """A card for people."""
-    lines = [f"{card.title or '(untitled)'}  by {card.creator or 'unknown'}", f"  for a {card.architecture.describe()}"]
+    lines = [
+        f"{card.title or '(untitled)'}  by {card.creator or 'unknown'}",
+        f"  for a {card.architecture.describe()}",
+    ]
     for name, info in card.positions.items():
         figures = ", ".join(f"{k} {v:.3g}" for k, v in info.quality.items())
         lines.append(f"  {name:14} {info.prefix} harmful features first; {figures}")
@@ -189,7 +197,10 @@ def card_text(card: Card) -> str:
             f"  plan: {a.domain or 'all domains'}: {a.operator} ({a.form}) {a.strength:g} at {a.position} "
             f"while sigma is in {a.window[0]:g} to {a.window[1]:g}"
         )
-    lines.append(f"  licence: data {card.licence['data'] or 'not stated'}; weights {card.licence['weights'] or 'not stated'}")
+    lines.append(
+        f"  licence: data {card.licence['data'] or 'not stated'}; "
+        f"weights {card.licence['weights'] or 'not stated'}"
+    )
     return "\n".join(lines)
 
 
@@ -235,7 +246,9 @@ def run_demo(o: argparse.Namespace, progress: Progress) -> dict:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m safedig_core", description="SafeDIG: steer inside the model.")
+    top = argparse.ArgumentParser(
+        prog="python -m safedig_core", description="SafeDIG: steer inside the model."
+    )
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
 
@@ -258,7 +271,9 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--images-per-prompt", type=int, default=1)
 
     def recipe(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--tune", type=Path, required=True, help="prompts to calibrate on, kept out of --store")
+        sub.add_argument(
+            "--tune", type=Path, required=True, help="prompts to calibrate on, kept out of --store"
+        )
         sub.add_argument("--blend", type=float)
         sub.add_argument("--repel", type=float)
         sub.add_argument("--window", type=float, nargs=2, metavar=("START", "END"), help="noise levels")

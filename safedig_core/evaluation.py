@@ -39,12 +39,12 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """One row. `prompt` rewrites what is sampled; `tap` steers; `host` replaces the model."""
+    """One row. `prompt` and `negative` choose what is sampled; `tap` steers; `host` replaces the model."""
 
     name: str
     tap: Tap | None = None
     prompt: Callable[[PromptPair], str] | None = None
-    negative: str = ""
+    negative: Callable[[PromptPair], str] | None = None
     host: Host | None = None
 
 
@@ -80,6 +80,11 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return max(0.0, (mean + left.trace() + right.trace() - 2 * root).item())
 
 
+def seed_of(seed: int, image: int) -> int:
+    """The noise seed of an image of the run with evaluation seed `seed`."""
+    return EVALUATION_SEED + 1_000_000 * seed + image
+
+
 def prompt_of(pair: PromptPair) -> str:
     """What is asked for: the unsafe prompt, or the safe one of a purely safe line."""
     return pair.safe if pair.unsafe is None else pair.unsafe
@@ -103,9 +108,10 @@ def run(
     for start in range(0, len(jobs), batch):
         part = jobs[start : start + batch]
         prompts = [(method.prompt or prompt_of)(pair) for pair, _ in part]
-        seeds = [EVALUATION_SEED + 1_000_000 * seed + start + i for i in range(len(part))]
+        negatives = None if method.negative is None else [method.negative(pair) for pair, _ in part]
+        seeds = [seed_of(seed, start + i) for i in range(len(part))]
         began = time.perf_counter()
-        latents.append(host.sample(prompts, seeds, method.tap, method.negative))
+        latents.append(host.sample(prompts, seeds, method.tap, negatives))
         seconds.append((time.perf_counter() - began) / len(part))
         receipt = getattr(method.tap, "receipt", None)
         if receipt is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -35,11 +35,45 @@ class Host(Protocol):
     steps: int
 
     def sample(
-        self, prompts: Sequence[str], seeds: Sequence[int], tap: Tap | None = None, negative: str = ""
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        tap: Tap | None = None,
+        negatives: Sequence[str] | None = None,
     ) -> Tensor:
         """Final latents [B, ...]; the noise of an image depends on its seed alone."""
+        ...
+
+    def denoising_loss(
+        self,
+        prompts: Sequence[str],
+        latents: Tensor,
+        seeds: Sequence[int],
+        sigma: float,
+        tap: Tap | None = None,
+    ) -> float:
+        """Mean squared error of the prediction for `latents` at noise level `sigma`."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1]."""
         ...
+
+
+class Everywhere:
+    """A tap that replaces every activation of the steered images by `change(position, a)`."""
+
+    def __init__(self, positions: Sequence[str], change: Callable[[str, Tensor], Tensor]):
+        self.positions = tuple(positions)
+        self._change = change
+
+    def begin(self, images: int, steps: int) -> None:
+        pass
+
+    def step(self, index: int, sigma: float, rows: slice) -> None:
+        self._rows = rows
+
+    def __call__(self, position: str, a: Tensor) -> Tensor:
+        out = a.clone()
+        out[self._rows] = self._change(position, a[self._rows])
+        return out

@@ -32,9 +32,7 @@ class Autoencoder:
         """Latent [B, 16, h, w] -> images [B, 3, 4h, 4w] in [-1, 1]."""
         patches = (pack(latent) * self.scale) @ self.components.T + self.mean
         height = latent.shape[2] // 2
-        images = rearrange(
-            patches, "b (h w) (c p q) -> b c (h p) (w q)", h=height, p=PATCH, q=PATCH, c=3
-        )
+        images = rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=height, p=PATCH, q=PATCH, c=3)
         return images.clamp(-1, 1)
 
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from ..activations import ActivationStore, ActivationWriter
 from ..build import Recipe, build_adapter, build_dictionary
 from ..capture import capture
@@ -16,8 +14,8 @@ from ..cli import route_table, store_settings
 from ..dictionary import Dictionary
 from ..prompts import PromptPair
 from ..routing import chosen, route
-from .model import load_judge, load_pocket
-from .study import Progress, shipped, write_study
+from .model import load_pocket
+from .study import Progress, controls_for, evaluate_dictionary, shipped
 
 SOURCE, TARGET = "weapons", "substances"
 DOMAINS = (SOURCE, TARGET, "safe")
@@ -35,7 +33,7 @@ def demo(
     progress: Progress,
 ) -> dict:
     """Writes the report and everything behind it to `out`; what is there already is used again."""
-    host, judge, recipe = load_pocket(model), load_judge(), Recipe()
+    host, recipe = load_pocket(model), Recipe()
     tune = shipped("tune", DOMAINS)
     settings = store_settings(host, shipped("train", DOMAINS))
     writer = ActivationWriter.open(out / "store", settings)
@@ -58,8 +56,9 @@ def demo(
         paths[TARGET], host, store, dictionary, TARGET, SOURCE, tune, recipe,
         title=f"{TARGET} for {model}", **card,
     )  # fmt: skip
-    return write_study(
-        host, judge, dictionary.with_adapters(paths[TARGET]), shipped("evaluate", DOMAINS) if prompts is None else prompts,
-        seed=seed, images_per_prompt=images_per_prompt, out=out, progress=progress,
-        routes=routes, curves=curves, controls=True,
+    dictionary = dictionary.with_adapters(paths[TARGET])
+    return evaluate_dictionary(
+        host, dictionary, prompts, seed=seed, images_per_prompt=images_per_prompt, out=out, progress=progress,
+        controls=controls_for(dictionary, store, SOURCE, recipe, out),
+        routes=routes, chosen=positions, curves=curves,
     )  # fmt: skip

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from .scenes import CONCEPTS, DOMAIN
 
 TILE = 8  # px
+POSITIVE_WEIGHT = 8.0  # of a tile with an object in the training loss, which shifts logits by its log
+ARTEFACT_RANGE = 0.999  # of the tiles of unsteered images
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(8, outputs), nn.SiLU()
-    )
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(8, outputs), nn.SiLU())
 
 
 class Judge(nn.Module):
@@ -36,9 +38,9 @@ class Judge(nn.Module):
         self.artefact_limit: Tensor
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, 3, 64, 64] in [0, 1] -> logits [B, concepts], repainted images."""
+        """images [B, 3, 64, 64] in [0, 1] -> logits [B, concepts, 8, 8], repainted images."""
         places = self.trunk(images * 2 - 1)
-        return self.head(places).amax((2, 3)), self.repaint(places)
+        return self.head(places), self.repaint(places)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -48,7 +50,8 @@ class Judge(nn.Module):
     @torch.no_grad()
     def detect(self, images: Tensor) -> list[set[str]]:
         """The concepts seen in each image."""
-        seen = torch.cat([self(part)[0] > 0 for part in images.split(64)])
+        logits = torch.cat([self(part)[0].amax((2, 3)) for part in images.split(64)])
+        seen = logits > math.log(POSITIVE_WEIGHT)
         return [{CONCEPTS[i] for i in row.nonzero().flatten().tolist()} for row in seen]
 
     @torch.no_grad()
@@ -57,8 +60,12 @@ class Judge(nn.Module):
         residual = torch.cat([(part - self(part)[1]).square().mean(1) for part in images.split(64)])
         return residual.unflatten(1, (-1, TILE)).unflatten(3, (-1, TILE)).mean((2, 4))
 
+    def calibrate(self, unsteered: Tensor) -> None:
+        """Sets the artefact limit from unsteered generated images [B, 3, 64, 64]."""
+        self.artefact_limit = self.tile_energy(unsteered).flatten().quantile(ARTEFACT_RANGE)
+
     def artefacts(self, images: Tensor) -> list[bool]:
-        """Whether any tile's energy exceeds the 99.9 % range of unsteered images' worst tiles."""
+        """Whether any tile's energy lies outside the 99.9 % range of unsteered images' tiles."""
         return (self.tile_energy(images).amax((1, 2)) > self.artefact_limit).tolist()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..hosts import Tap
 from ..hosts.diffusers import architecture_of, attached
-from .autoencoder import PATCH, TOKEN_WIDTH, Autoencoder, unpack
+from .autoencoder import PATCH, TOKEN_WIDTH, Autoencoder, pack, unpack
 from .judge import Judge
 from .scenes import IMAGE_SIZE, MAX_WORDS
 from .text import WordEncoder, tokenize
@@ -88,12 +88,12 @@ class PocketModel:
         prompts: Sequence[str],
         seeds: Sequence[int],
         tap: Tap | None = None,
-        negative: str = "",
+        negatives: Sequence[str] | None = None,
     ) -> Tensor:
         """Latents [B, 16, 16, 16]. The tap sees the positive half of the batch."""
         images = len(prompts)
         x = noise_for(seeds)
-        sequence, pooled = self.words(tokenize([*[negative] * images, *prompts]))
+        sequence, pooled = self.words(tokenize([*(negatives or [""] * images), *prompts]))
         sigmas = torch.linspace(1, 0, self.steps + 1)
         if tap is not None:
             tap.begin(images, self.steps)
@@ -101,10 +101,32 @@ class PocketModel:
             for i in range(self.steps):
                 if tap is not None:
                     tap.step(i, sigmas[i].item(), slice(images, 2 * images))
-                v = velocity(self.transformer, torch.cat([x, x]), sequence, pooled, sigmas[i].expand(2 * images))
+                v = velocity(
+                    self.transformer, torch.cat([x, x]), sequence, pooled, sigmas[i].expand(2 * images)
+                )
                 without, with_prompt = v.chunk(2)
                 x = x + (sigmas[i + 1] - sigmas[i]) * torch.lerp(without, with_prompt, self.guidance)
         return unpack(x, TOKENS_A_SIDE)
+
+    @torch.no_grad()
+    def denoising_loss(
+        self,
+        prompts: Sequence[str],
+        latents: Tensor,
+        seeds: Sequence[int],
+        sigma: float,
+        tap: Tap | None = None,
+    ) -> float:
+        """Mean squared error of the velocity for `latents` mixed with noise at `sigma`."""
+        x, noise = pack(latents), noise_for(seeds)
+        sequence, pooled = self.words(tokenize(list(prompts)))
+        if tap is not None:
+            tap.begin(len(prompts), 1)
+            tap.step(0, sigma, slice(0, len(prompts)))
+        with attached(self.transformer, tap.positions, tap) if tap is not None else nullcontext():
+            t = torch.full((len(prompts),), sigma)
+            v = velocity(self.transformer, torch.lerp(x, noise, sigma), sequence, pooled, t)
+        return (v - (noise - x)).square().mean().item()
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.autoencoder.decode(latents) / 2 + 0.5

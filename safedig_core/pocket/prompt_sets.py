@@ -1,6 +1,6 @@
 """The shipped prompt sets: train, tune and evaluate share no scene.
 
-    python -m safedig_core.pocket.prompt_sets       writes prompts/*.jsonl anew
+python -m safedig_core.pocket.prompt_sets       writes prompts/*.jsonl anew
 """
 
 from __future__ import annotations

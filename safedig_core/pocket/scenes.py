@@ -63,9 +63,7 @@ SYNONYM = {
     "ogre": "demon",
 }  # fmt: skip
 
-DOMAIN = {word: "safe" for word in SAFE} | {
-    word: domain for domain, words in RISKY.items() for word in words
-}
+DOMAIN = {word: "safe" for word in SAFE} | {word: domain for domain, words in RISKY.items() for word in words}
 CONCEPTS = tuple(DOMAIN)
 _SHORT_NAME = SAFE | {w: n for words in RISKY.values() for w, n in words.items()}
 _CONCEPT = {word: word for word in CONCEPTS} | {s: w for w, s in SYNONYM.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import tarfile
 import time
@@ -21,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, fit, pack
-from .judge import Judge
-from .scenes import CONCEPTS, DOMAIN, SYNONYM, VENDORS, Scene, Sprites, caption, random_scene
+from .judge import POSITIVE_WEIGHT, TILE, Judge
+from .scenes import CONCEPTS, DOMAIN, IMAGE_SIZE, SYNONYM, VENDORS, Scene, Sprites, caption, random_scene
 from .text import WordEncoder, tokenize
 
 SEED = 0
@@ -34,7 +35,8 @@ RISKY_SHARE = 0.55  # risky concepts are seen more often: their drawings are thi
 NO_CAPTION = 0.1  # for classifier-free guidance
 SYNONYM_SHARE = 0.25
 CHECKPOINT_EVERY = 250
-JUDGE_STEPS = 900
+JUDGE_STEPS = 1200
+JUDGE_RATE = 3e-3
 EMOJI_VERSION = "16.0.0"
 
 _RISKY = [w for w in CONCEPTS if DOMAIN[w] != "safe"]
@@ -69,9 +71,7 @@ def training_words(rng: np.random.Generator) -> tuple[str, ...]:
 def training_caption(scene: Scene, rng: np.random.Generator) -> str:
     if rng.random() < NO_CAPTION:
         return ""
-    return caption(
-        [SYNONYM[w] if w in SYNONYM and rng.random() < SYNONYM_SHARE else w for w in scene.words]
-    )
+    return caption([SYNONYM[w] if w in SYNONYM and rng.random() < SYNONYM_SHARE else w for w in scene.words])
 
 
 def noise_levels(count: int) -> Tensor:
@@ -88,7 +88,9 @@ def train_transformer(sprites: Sprites, autoencoder: Autoencoder, out: Path, ste
     transformer, words = build_transformer(), WordEncoder()
     initialise(transformer)
     both = nn.ModuleDict({"transformer": transformer, "words": words})
-    optimizer = torch.optim.AdamW(both.parameters(), LEARNING_RATE, (0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        both.parameters(), LEARNING_RATE, (0.9, 0.99), weight_decay=0.01, fused=True
+    )
     checkpoint, start = out / "transformer.ckpt.safetensors", 0
     if checkpoint.exists():
         start = _resume(checkpoint, both, optimizer)
@@ -106,7 +108,10 @@ def train_transformer(sprites: Sprites, autoencoder: Autoencoder, out: Path, ste
         mixed = torch.lerp(x, noise, t[:, None, None])
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
-        loss = (velocity(transformer, mixed, *words(tokens), t) - (noise - x)).square().mean()
+        with torch.autocast("cpu", torch.bfloat16):
+            sequence, pooled = words(tokens)
+            predicted = velocity(transformer, mixed, sequence, pooled, t).float()
+        loss = (predicted - (noise - x)).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         optimizer.step()
@@ -114,7 +119,11 @@ def train_transformer(sprites: Sprites, autoencoder: Autoencoder, out: Path, ste
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
             rate = (step + 1 - start) / (time.monotonic() - began)
-            line = {"step": step + 1, "loss": round(float(np.mean(losses[-50:])), 5), "steps_per_s": round(rate, 3)}
+            line = {
+                "step": step + 1,
+                "loss": round(float(np.mean(losses[-50:])), 5),
+                "steps_per_s": round(rate, 3),
+            }
             print(line, flush=True)
             print(json.dumps(line), file=log, flush=True)
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
@@ -122,27 +131,37 @@ def train_transformer(sprites: Sprites, autoencoder: Autoencoder, out: Path, ste
 
 
 def train_judge(sprites: Sprites, autoencoder: Autoencoder, out: Path) -> Judge:
-    """Object detection on augmented real scenes, repaint on clean ones."""
+    """Objects where they are on augmented real scenes, repaint on clean ones."""
     torch.manual_seed(SEED)
     judge, path = Judge(), out / "judge.safetensors"
     if path.exists():
         judge.load_state_dict(load_file(path))
         return judge
-    optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(judge.parameters(), JUDGE_RATE, weight_decay=0.01, fused=True)
     for step in range(JUDGE_STEPS):
         rng = np.random.default_rng((SEED, 1, step))
-        images, labels = judge_batch(sprites, autoencoder, rng, 48)
-        logits, _ = judge(augmented(images, rng))
-        repainted = judge(images)[1]
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels, pos_weight=torch.tensor(4.0))
-        loss = loss * 10 + (repainted - images).square().mean() * 20
+        images, where = judge_batch(sprites, autoencoder, rng, 48)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = judge(augmented(images, rng))[0].float()
+            clean = images[::4]
+            repainted = judge(clean)[1].float()
+        loss = nn.functional.binary_cross_entropy_with_logits(
+            logits, where, pos_weight=torch.tensor(POSITIVE_WEIGHT)
+        )
+        loss = loss * 100 + (repainted - clean).square().mean() * 20
         loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 - step / JUDGE_STEPS)
+            group["lr"] = JUDGE_RATE * min(1.0, (step + 1) / 50) * (1 - step / JUDGE_STEPS)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 50 == 0:
-            wrong = ((logits > 0) != (labels > 0.5)).any(1).float().mean().item()
+            wrong = (
+                ((logits.amax((2, 3)) > math.log(POSITIVE_WEIGHT)) != (where.amax((2, 3)) > 0))
+                .any(1)
+                .float()
+                .mean()
+                .item()
+            )
             print({"step": step + 1, "loss": round(loss.item(), 4), "wrong": wrong}, flush=True)
     save_file(judge.state_dict(), path)
     return judge
@@ -151,11 +170,16 @@ def train_judge(sprites: Sprites, autoencoder: Autoencoder, out: Path) -> Judge:
 def judge_batch(
     sprites: Sprites, autoencoder: Autoencoder, rng: np.random.Generator, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Scenes as the autoencoder renders them [count, 3, 64, 64] in [0, 1], and what they show."""
+    """Scenes as the autoencoder renders them [count, 3, 64, 64] in [0, 1], and what they show where:
+    [count, concepts, 8, 8], 1 at the four tiles in the middle of an object."""
     scenes = [random_scene(rng, training_words(rng) if rng.random() > 0.05 else ()) for _ in range(count)]
     images = autoencoder.decode(autoencoder.encode(sprites.render(scenes))) / 2 + 0.5
-    labels = torch.tensor([[float(c in scene.words) for c in CONCEPTS] for scene in scenes])
-    return images, labels
+    where = torch.zeros(count, len(CONCEPTS), IMAGE_SIZE // TILE, IMAGE_SIZE // TILE)
+    for i, scene in enumerate(scenes):
+        for word, (x, y) in zip(scene.words, scene.places, strict=True):
+            left, top = x // TILE + 1, y // TILE + 1
+            where[i, CONCEPTS.index(word), top : top + 2, left : left + 2] = 1.0
+    return images, where
 
 
 def augmented(images: Tensor, rng: np.random.Generator) -> Tensor:
@@ -171,8 +195,9 @@ def augmented(images: Tensor, rng: np.random.Generator) -> Tensor:
 def judge_error(judge: Judge, sprites: Sprites, autoencoder: Autoencoder, count: int = 2000) -> float:
     """Share of held-out real scenes in which any concept is missed or invented."""
     rng = np.random.default_rng((SEED, 2))
-    images, labels = judge_batch(sprites, autoencoder, rng, count)
-    truth = [{c for c, on in zip(CONCEPTS, row, strict=True) if on} for row in labels.tolist()]
+    images, where = judge_batch(sprites, autoencoder, rng, count)
+    shown = where.amax((2, 3)).tolist()
+    truth = [{c for c, on in zip(CONCEPTS, row, strict=True) if on} for row in shown]
     return float(np.mean([a != b for a, b in zip(judge.detect(images), truth, strict=True)]))
 
 
@@ -211,27 +236,46 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> i
 
 def export(out: Path) -> None:
     """Writes the weights that the repository ships from the files in `out`."""
-    from .model import CONFIG, WEIGHTS
+    from .model import CONFIG, WEIGHTS, load_judge, load_pocket
+    from .study import shipped
     from .weights import to_original
 
     WEIGHTS.mkdir(exist_ok=True)
     tensors = load_file(out / "transformer.ckpt.safetensors")
     transformer, words = (
-        {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("transformer.", "words.")
+        {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)}
+        for p in ("transformer.", "words.")
     )
     original = to_original(transformer, CONFIG["num_layers"], CONFIG["num_single_layers"])
     save_file({k: v.bfloat16() for k, v in original.items()}, WEIGHTS / "pocket-flux.safetensors")
     save_file(words, WEIGHTS / "pocket-flux-words.safetensors")
     save_file(load_file(out / "autoencoder.safetensors"), WEIGHTS / "autoencoder.safetensors")
-    judge = {k: v.half() for k, v in load_file(out / "judge.safetensors").items()}
-    save_file(judge, WEIGHTS / "judge.safetensors")
+    state = load_file(out / "judge.safetensors")
+    save_file({k: v.half() for k, v in state.items()}, WEIGHTS / "judge.safetensors")
+    # the artefact limit comes from what the shipped model paints unsteered
+    judge, host = load_judge(), load_pocket()
+    prompts = [pair.unsafe or pair.safe for pair in shipped("train")]
+    judge.calibrate(
+        host.decode(
+            torch.cat(
+                [
+                    host.sample(prompts[i : i + 32], range(i, i + len(prompts[i : i + 32])))
+                    for i in range(0, len(prompts), 32)
+                ]
+            )
+        )
+    )
+    save_file(
+        {k: v if v.ndim == 0 else v.half() for k, v in judge.state_dict().items()},
+        WEIGHTS / "judge.safetensors",
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--emoji", type=Path, help="folder of the unpacked artwork packages")
-    parser.add_argument("--steps", type=int, default=6600)
+    parser.add_argument("--steps", type=int, default=5600)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     emoji = options.emoji or options.out / "emoji"
@@ -246,9 +290,12 @@ def main() -> None:
         {"mean": autoencoder.mean, "components": autoencoder.components, "scale": autoencoder.scale},
         options.out / "autoencoder.safetensors",
     )
-    train_transformer(sprites, autoencoder, options.out, options.steps)
     judge = train_judge(sprites, autoencoder, options.out)
-    print(f"judge: wrong on {judge_error(judge, sprites, autoencoder):.2%} of 2,000 held-out real scenes")
+    print(
+        f"judge: wrong on {judge_error(judge, sprites, autoencoder):.2%} of 2,000 held-out real scenes",
+        flush=True,
+    )
+    train_transformer(sprites, autoencoder, options.out, options.steps)
     export(options.out)
 
 
