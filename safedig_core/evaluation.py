@@ -67,7 +67,8 @@ def wilson(hits: int, n: int, z: float = 1.96) -> list[float]:
         return [0.0, 1.0]
     p, zz = hits / n, z * z / n
     centre, spread = p + zz / 2, z * math.sqrt(p * (1 - p) / n + zz / (4 * n))
-    return [max(0.0, (centre - spread) / (1 + zz)), min(1.0, (centre + spread) / (1 + zz))]
+    low, high = (centre - spread) / (1 + zz), (centre + spread) / (1 + zz)
+    return [max(0.0, min(low, p)), min(1.0, max(high, p))]  # rounding must not push p out
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
