@@ -177,33 +177,38 @@ class Steering:
     def positions(self) -> tuple[str, ...]:
         return tuple(self.sites)
 
-    def begin(self, images: int, steps: int, device: torch.device | str = "cpu") -> None:
-        """Starts a run of `steps` model steps over `images` images; all buffers are made here."""
+    def begin(self, images: int, steps: int, device: torch.device | str = "cpu", tokens: int = 0) -> None:
+        """Starts a run of `steps` model steps over `images` images; all buffers are made here.
+
+        `tokens` is the number of image tokens, for a map of where activations moved; 0 for none.
+        """
         self.sites = {p: _moved(site, device) for p, site in self.sites.items()}
+        self._reach = {p: [self._reach_of(a, device) for a in s.actions] for p, s in self.sites.items()}
         shape = (len(self.sites), steps, images)
         self.calls = torch.zeros(shape[:2], dtype=torch.long)  # on the CPU: counted, not computed
         self.fired = torch.zeros(shape, device=device)  # tokens moved
         self.moved = torch.zeros(shape, device=device)  # |a' - a| / |a| over the image's tokens
+        self.map = torch.zeros(images, tokens, device=device)  # |a' - a| / |a| of each, summed over calls
         self.history = torch.zeros(steps, images, len(self.domains), device=device)
         self.evidence = torch.zeros(images, len(self.domains), device=device)
         gates = [self.dictionary.card.domains[name].gate for name in self.domains]
         closed = [g.threshold if g else float("inf") for g in gates]
         self.limit = torch.tensor(closed if self.gate else [-1.0] * len(closed), device=device)
-        self.index, self.sigma, self.rows = 0, 1.0, slice(0, images)
+        self.step(0, 1.0, slice(0, images))
 
-    def step(self, index: int, sigma: float, rows: slice) -> None:
-        """Announces step `index` at noise level `sigma`; `rows` of the batch are to be steered."""
+    def step(self, index: int, sigma: float | Tensor, rows: slice) -> None:
+        """Announces step `index` at noise level `sigma`; `rows` of the batch are to be steered.
+
+        A host whose noise level is on the device passes it as a scalar tensor: the windows are then
+        compared there, without waiting for it.
+        """
         self.index, self.sigma, self.rows = index, sigma, rows
 
-    def _strength(self, action: Action, opened: Tensor) -> Tensor:
-        """[B, D]: the action's strength where it applies, else 0."""
-        start, end = action.window
-        value = action.strength * self.strength if start >= self.sigma >= end else 0.0
-        steered = [
-            value if action.domain in ("", name) and self.modes[name] != "observe" else 0.0
-            for name in self.domains
-        ]
-        return opened * opened.new_tensor(steered)
+    def _reach_of(self, action: Action, device: torch.device | str) -> Tensor:
+        """[D]: the action's strength for each domain that it acts for, else 0."""
+        value = action.strength * self.strength
+        applies = [action.domain in ("", name) and self.modes[name] != "observe" for name in self.domains]
+        return torch.tensor([value * acts for acts in applies], device=device)
 
     def __call__(self, position: str, a: Tensor) -> Tensor:
         """a [batch, T, d] -> a' of the same shape and dtype; rows not acted on keep their bits.
@@ -211,25 +216,34 @@ class Steering:
         Raises RiskFound as soon as the gate of a domain set to `stop` opens.
         """
         site = self.sites[position]
-        if not any(action.window[0] >= self.sigma >= action.window[1] for action in site.actions):
-            return a
         at = self.positions.index(position)
+        self.calls[at, self.index] += 1
+        windows = [action.window for action in site.actions]
+        inside = [(self.sigma <= start) & (self.sigma >= end) for start, end in windows]
+        if not isinstance(self.sigma, Tensor) and not any(inside):
+            return a
         part = a[self.rows]
         x = part.float()
         z = site.code(x)
-        torch.maximum(self.evidence, z.sum(1) @ site.evidence.T, out=self.evidence)
+        seen = z.sum(1) @ site.evidence.T
+        if isinstance(self.sigma, Tensor):
+            seen = torch.where(torch.stack(inside).any(), seen, 0.0)
+        torch.maximum(self.evidence, seen, out=self.evidence)
         self.history[self.index] = self.evidence
-        self.calls[at, self.index] += 1
         self._stop_on_risk(position)
         opened = (self.evidence > self.limit).float()
-        strengths = [self._strength(action, opened) for action in site.actions]
+        strengths = [opened * reach * on for reach, on in zip(self._reach[position], inside, strict=True)]
         change, touched = site.change(x, z, strengths)
         y = x + change
         if self.preserve_norm:
             y = y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-6))
         out = torch.where(touched[..., None], y.to(a.dtype), part)
-        self.fired[at, self.index] = touched.sum(1).float()
-        self.moved[at, self.index] = (out.float() - x).norm(dim=(1, 2)) / x.norm(dim=(1, 2))
+        moved = out.float() - x
+        self.fired[at, self.index] += touched.sum(1).float()
+        share = moved.norm(dim=(1, 2)) / x.norm(dim=(1, 2)).clamp(min=1e-6)
+        self.moved[at, self.index] = torch.maximum(self.moved[at, self.index], share)
+        if position.endswith("img") and x.shape[1] == self.map.shape[1]:
+            self.map += moved.norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-6)
         if part.shape == a.shape:
             return out
         steered = a.clone()
