@@ -1,0 +1,112 @@
+"""Load Pocket Model: the testbed as MODEL, CLIP and VAE, so that a workflow runs on a laptop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from . import types
+
+MODELS = ["pocket-flux"]
+
+
+class LoadPocketModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SafeDIGLoadPocketModel",
+            display_name="Load Pocket Model",
+            category=types.CATEGORY,
+            description="A tiny FLUX that paints emoji scenes, to try steering on any computer. Prompts are "
+            "like 'a cat and a pistol'. An empty latent of 128 x 128 gives its pictures of 64 x 64; "
+            "16 steps, cfg 2.5, sampler euler, scheduler simple.",
+            inputs=[io.Combo.Input("name", options=MODELS, default=MODELS[0])],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                io.Clip.Output(display_name="clip", tooltip="For CLIP Text Encode."),
+                io.Vae.Output(display_name="vae", tooltip="For VAE Decode and VAE Encode."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, name: str) -> io.NodeOutput:
+        from safetensors.torch import load_file
+
+        from ..safedig_core.pocket.autoencoder import Autoencoder
+        from ..safedig_core.pocket.model import WEIGHTS
+        from ..safedig_core.pocket.text import WordEncoder
+
+        paths = {part: WEIGHTS / f"{part}.safetensors" for part in (name, f"{name}-words", "autoencoder")}
+        for path in paths.values():
+            _require(path)
+        words = WordEncoder()
+        words.load_state_dict(load_file(paths[f"{name}-words"]))
+        model = flux_model(load_file(paths[name]))
+        autoencoder = Autoencoder(**load_file(paths["autoencoder"]))
+        return io.NodeOutput(model, PocketText(words.eval()), PocketVAE(autoencoder))
+
+
+def _require(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: SafeDIG is not installed whole. Install it again.")
+
+
+def flux_model(state: dict[str, Any]) -> Any:
+    """A ModelPatcher of a FLUX of any width. ComfyUI's own loader takes every FLUX for one of 24 heads
+    before 0.12; `state` has the key names of the original release."""
+    from comfy import model_detection, model_management, model_patcher, supported_models
+
+    detected = model_detection.detect_unet_config(state, "")
+    assert detected is not None
+    width, text_width = state["txt_in.weight"].shape
+    sizes = {"hidden_size": width, "num_heads": width // 128, "context_in_dim": text_width}
+    config = supported_models.FluxSchnell(detected | sizes)
+    device = model_management.get_torch_device()
+    dtypes = config.supported_inference_dtypes
+    count = sum(tensor.numel() for tensor in state.values())
+    dtype = model_management.unet_dtype(model_params=count, supported_dtypes=dtypes)
+    config.set_inference_dtype(dtype, model_management.unet_manual_cast(dtype, device, dtypes))
+    model = config.get_model(state, "")
+    model.load_model_weights(state, "")
+    offload = model_management.unet_offload_device()
+    return model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+
+
+class PocketText:
+    """The word-level text encoder, with what CLIP Text Encode asks of a CLIP."""
+
+    def __init__(self, words: Any):
+        self._words = words
+
+    def tokenize(self, text: str) -> Any:
+        from ..safedig_core.pocket.text import tokenize
+
+        return tokenize([text])
+
+    def encode_from_tokens_scheduled(self, tokens: Any) -> list:
+        sequence, pooled = self._words(tokens)
+        return [[sequence, {"pooled_output": pooled}]]
+
+
+class PocketVAE:
+    """The pocket autoencoder, with what VAE Decode and VAE Encode ask of a VAE.
+
+    Latents come and go in FLUX's latent format, which the model's own conversion makes of them.
+    """
+
+    def __init__(self, autoencoder: Any):
+        from comfy.latent_formats import Flux
+
+        self._autoencoder, self._format = autoencoder, Flux()
+
+    def decode(self, latent: Any) -> Any:
+        """[B, 16, h, w] -> pictures [B, 4h, 4w, 3] in [0, 1]."""
+        pictures = self._autoencoder.decode(self._format.process_in(latent).float())
+        return (pictures / 2 + 0.5).movedim(1, -1)
+
+    def encode(self, pictures: Any) -> Any:
+        """Pictures [B, H, W, 3] in [0, 1], H and W multiples of 8 -> [B, 16, H/4, W/4]."""
+        latent = self._autoencoder.encode(pictures[..., :3].movedim(-1, 1) * 2 - 1)
+        return self._format.process_out(latent)

@@ -1,0 +1,69 @@
+"""The receipt's pictures, as IMAGE tensors [B, H, W, 3] in [0, 1]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+HEAT = (1.0, 0.15, 0.05)
+COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
+
+
+def heatmap(images: Tensor, moved: list[list[float]], grid: tuple[int, int]) -> Tensor:
+    """Images [B, H, W, 3] in grey, red where activations moved.
+
+    `moved` holds, per image, how far each of its tokens moved, row by row of the grid. Where that
+    is not of these images, they stay grey.
+    """
+    grey = images[..., :3].mean(-1, keepdim=True).expand(-1, -1, -1, 3)
+    batch, height, width = images.shape[:3]
+    if len(moved) != batch:
+        return grey.clone()
+    heat = torch.tensor(moved).view(batch, 1, *grid)
+    heat = heat / heat.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
+    heat = interpolate(heat, (height, width), mode="bilinear").movedim(1, -1).to(images)
+    return torch.lerp(grey * 0.8, grey.new_tensor(HEAT).expand_as(grey), heat * 0.8)
+
+
+def evidence_plot(runs: list[dict[str, Any]], size: tuple[int, int] = (640, 320)) -> Tensor:
+    """Each domain's evidence over the steps, one line per image, relative to its threshold."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    width, height = size
+    left, right, top, bottom = 46, width - 120, 16, height - 30
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    lines = [line for run in runs for line in _lines(run)]
+    steps = max((len(values) for _, values in lines), default=1)
+    most = max([1.0, *(v for _, values in lines for v in values)]) * 1.1
+
+    def place(step: int, value: float) -> tuple[float, float]:
+        return left + (right - left) * step / max(1, steps - 1), bottom - (bottom - top) * value / most
+
+    draw.line([(left, top), (left, bottom), (right, bottom)], fill="black")
+    draw.line([place(0, 1.0), place(max(1, steps - 1), 1.0)], fill="#888888")
+    draw.text((6, place(0, 1.0)[1] - 6), "gate", fill="#888888")
+    draw.text(
+        (left, bottom + 8), f"step 1 to {steps}; evidence as a multiple of the gate's threshold", fill="black"
+    )
+    domains = list(dict.fromkeys(domain for domain, _ in lines))
+    for domain, values in lines:
+        colour = COLOURS[domains.index(domain) % len(COLOURS)]
+        draw.line([place(step, value) for step, value in enumerate(values)], fill=colour, width=2)
+    for i, domain in enumerate(domains):
+        draw.text((right + 8, top + 14 * i), domain[:16], fill=COLOURS[i % len(COLOURS)])
+    return torch.from_numpy(np.array(picture)).float()[None] / 255
+
+
+def _lines(run: dict[str, Any]) -> list[tuple[str, list[float]]]:
+    """(domain, evidence over threshold by step) of every image."""
+    lines = []
+    for i, image in enumerate(run["images"]):
+        for d, (domain, found) in enumerate(image.items()):
+            limit = found["threshold"] or 1.0
+            lines.append((domain, [step[i][d] / limit for step in run["evidence"]]))
+    return lines
