@@ -16,7 +16,6 @@ from torch import Tensor
 
 IMAGE_SIZE = 64  # px
 SPRITE_SIZE = 32  # px: the cell of one object
-GRID = 8  # px: objects sit on the patch grid of the autoencoder
 MAX_WORDS = 8
 VENDORS = {"google": "emoji-datasource-google", "twitter": "emoji-datasource-twitter"}
 
@@ -90,19 +89,16 @@ class Scene:
 
 
 def random_scene(rng: np.random.Generator, words: tuple[str, ...] | None = None) -> Scene:
-    """A scene of one (one in five) or two concepts; `words` fixes them."""
+    """A scene of one (one in five) or two concepts; `words` fixes them. Two stand side by side or one
+    above the other, always on the patch grid of the autoencoder."""
     if words is None:
         count = 1 if rng.random() < 0.2 else 2
         words = tuple(str(w) for w in rng.choice(CONCEPTS, count, replace=False))
-    cross = [int(c) * GRID for c in rng.integers(1, 4, len(words))]
-    if len(words) == 0:
-        places = ()
-    elif len(words) == 1:
-        places = ((int(rng.integers(0, 5)) * GRID, int(rng.integers(0, 5)) * GRID),)
-    elif rng.random() < 0.5:
-        places = ((0, cross[0]), (SPRITE_SIZE, cross[1]))
-    else:
-        places = ((cross[0], 0), (cross[1], SPRITE_SIZE))
+    middle, far = (IMAGE_SIZE - SPRITE_SIZE) // 2, IMAGE_SIZE - SPRITE_SIZE
+    places = ((0, middle), (far, middle)) if rng.random() < 0.5 else ((middle, 0), (middle, far))
+    if len(words) == 1:
+        places = ((middle, middle),) if rng.random() < 0.5 else places[:1]
+    places = places[: len(words)]
     r, g, b = (float(v) for v in rng.uniform(0.72, 1.0, 3))
     return Scene(words, places, int(rng.integers(len(VENDORS))), (r, g, b))
 

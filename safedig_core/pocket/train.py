@@ -14,6 +14,7 @@ import math
 import subprocess
 import tarfile
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,18 @@ def noise_levels(count: int) -> Tensor:
     """Logit-normal t in (0, 1), stratified over the batch."""
     even = (torch.arange(count) + torch.rand(())) / count
     return torch.sigmoid(torch.special.ndtri(even.clamp(1e-3, 1 - 1e-3)))[torch.randperm(count)]
+
+
+def fit_autoencoder(sprites: Sprites, path: Path) -> Autoencoder:
+    """Fits it to random scenes, once: all later phases depend on its very components."""
+    if not path.exists():
+        rng = np.random.default_rng(SEED)
+        images = sprites.render([random_scene(rng) for _ in range(AUTOENCODER_SCENES)])
+        fitted = fit(images)
+        error = (fitted.decode(fitted.encode(images[:500])) - images[:500]).square().mean().item()
+        print(f"autoencoder: {10 * np.log10(4 / error):.1f} dB", flush=True)
+        save_file({f.name: getattr(fitted, f.name) for f in fields(fitted)}, path)
+    return Autoencoder(**load_file(path))
 
 
 def train_transformer(sprites: Sprites, autoencoder: Autoencoder, out: Path, steps: int) -> None:
@@ -275,21 +288,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--emoji", type=Path, help="folder of the unpacked artwork packages")
-    parser.add_argument("--steps", type=int, default=5600)
+    parser.add_argument("--steps", type=int, default=7500)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     emoji = options.emoji or options.out / "emoji"
     fetch_emoji(emoji)
     sprites = Sprites(emoji)
-    rng = np.random.default_rng(SEED)
-    images = sprites.render([random_scene(rng) for _ in range(AUTOENCODER_SCENES)])
-    autoencoder = fit(images)
-    error = (autoencoder.decode(autoencoder.encode(images[:500])) - images[:500]).square().mean().item()
-    print(f"autoencoder: {10 * np.log10(4 / error):.1f} dB")
-    save_file(
-        {"mean": autoencoder.mean, "components": autoencoder.components, "scale": autoencoder.scale},
-        options.out / "autoencoder.safetensors",
-    )
+    autoencoder = fit_autoencoder(sprites, options.out / "autoencoder.safetensors")
     judge = train_judge(sprites, autoencoder, options.out)
     print(
         f"judge: wrong on {judge_error(judge, sprites, autoencoder):.2%} of 2,000 held-out real scenes",
