@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -40,6 +41,59 @@ class TrainSettings:
             raise ValueError(f"k must lie between 1 and the {self.features} features, got {self.k}")
 
 
+def top_active(h: Tensor, count: int, guess: Tensor) -> Tensor:
+    """Flat indices, ascending, of the `count` largest entries of h [N, F]: BatchTopK.
+
+    Fewer where fewer are over 0. Exact for any `guess` of the smallest of them, and several times
+    as fast when that is good: only what lies near or over it needs to be ranked.
+    """
+    flat = h.flatten()
+    candidates = (flat > 0.9 * guess).nonzero().flatten()
+    if len(candidates) < count:
+        candidates = (flat > 0).nonzero().flatten()
+    if len(candidates) > count:
+        candidates = candidates[flat[candidates].topk(count, sorted=False).indices].sort().values
+    return candidates
+
+
+class _SparseSAE(torch.autograd.Function):
+    """z W_d for a code z that has the entries `active` of h = x W_e^T + b_e and is 0 elsewhere.
+
+    Only those entries are multiplied, forward and backward: with k of F features active that saves
+    all but the one dense product that makes h, which is F / k times as large as the others here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, h: Tensor, active: Tensor, *parameters: Tensor) -> Tensor:
+        features = h.shape[1]
+        token, feature, z = active // features, active % features, h.flatten()[active]
+        ctx.save_for_backward(x, token, feature, z, parameters[2])
+        return _weighted_sums(parameters[2], feature, token, len(x), z)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, token, feature, z, decoder = ctx.saved_tensors
+        (g,) = gradients
+        # dL/dz_j = g . w_j, the gradient of a weighted sum's weights
+        with torch.enable_grad():
+            weight = z.clone().requires_grad_()
+            (dz,) = torch.autograd.grad(_weighted_sums(decoder, feature, token, len(x), weight), weight, g)
+        order = feature.argsort(stable=True)
+        token, feature, z, dz = token[order], feature[order], z[order], dz[order]
+        one = torch.ones(len(x), 1, device=x.device, dtype=x.dtype)
+        sums = len(decoder)
+        d_encoder = _weighted_sums(x, token, feature, sums, dz)
+        d_bias = _weighted_sums(one, token, feature, sums, dz)[:, 0]
+        d_decoder = _weighted_sums(g.contiguous(), token, feature, sums, z)
+        return None, None, None, d_encoder, d_bias, d_decoder
+
+
+def _weighted_sums(rows: Tensor, row: Tensor, group: Tensor, groups: int, weight: Tensor) -> Tensor:
+    """[groups, d]: the sum of weight_i rows[row_i] over each group; `group` ascends."""
+    starts = torch.searchsorted(group, torch.arange(groups, device=group.device))
+    return nn.functional.embedding_bag(row, rows, starts, mode="sum", per_sample_weights=weight)
+
+
 class Trainee(nn.Module):
     """The parameters of an SAE in training, in normalised space x = (a - mean) / scale."""
 
@@ -65,34 +119,39 @@ class Trainee(nn.Module):
         self.threshold: Tensor
         self.idle: Tensor
 
-    def loss(self, a: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, a: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """a [N, d] -> loss and figures. Updates the threshold and the idle counts."""
         s = self.settings
         x = (a - self.mean) / self.scale
-        h = x @ self.encoder_weight.T + self.encoder_bias
-        z = torch.relu(h)
+        parameters = (self.encoder_weight, self.encoder_bias, self.decoder_weight)
         if s.kind == "batch_topk":
-            smallest = z.flatten().kthvalue(z.numel() - s.k * len(x) + 1).values.detach()
-            z = torch.where(z >= smallest.clamp(min=1e-9), z, 0.0)
-            first = self.threshold == 0
-            self.threshold.lerp_(smallest, 1.0 if first else 0.01)
-        error = x - (z @ self.decoder_weight + self.decoder_bias)
-        loss = error.square().sum(1).mean() / x.shape[1]
-        figures = {
-            "fvu": (error.square().sum() / (x - x.mean(0)).square().sum()).item(),
-            "l0": (z > 0).float().sum(1).mean().item(),
-        }
+            with torch.no_grad():
+                h = torch.addmm(self.encoder_bias, x, self.encoder_weight.T)
+            active = top_active(h, s.k * len(x), self.threshold)
+            smallest = h.flatten()[active].amin() if len(active) else h.new_zeros(())
+            decoded = cast(Tensor, _SparseSAE.apply(x, h, active, *parameters))
+            self.threshold.lerp_(smallest, torch.where(self.threshold == 0, 1.0, 0.01))
+            sparsity, fired = 0.0, active % s.features
+            l0 = torch.tensor(len(active) / len(x))
+        else:
+            h = torch.addmm(self.encoder_bias, x, self.encoder_weight.T)
+            z = torch.relu(h)
+            decoded = z @ self.decoder_weight
+            sparsity, fired = s.l1 * z.sum(1).mean() / x.shape[1], (z > 0).any(0)
+            l0 = (z > 0).float().sum(1).mean()
+        error = x - (decoded + self.decoder_bias)
+        loss = error.square().sum(1).mean() / x.shape[1] + sparsity
         self.idle += 1
-        self.idle[(z > 0).any(0)] = 0
-        dead = self.idle > s.dead_after
-        figures["dead"] = dead.float().mean().item()
-        if s.kind == "relu_l1":
-            loss = loss + s.l1 * z.sum(1).mean() / x.shape[1]
-        if dead.any():  # the dead features learn what the living leave unexplained
-            k = min(int(dead.sum()), x.shape[1] // 2)
-            value, index = h[:, dead].topk(k, dim=1)
+        self.idle[fired] = 0
+        dead = (self.idle > s.dead_after).nonzero().flatten()
+        with torch.no_grad():
+            fvu = error.square().sum() / (x - x.mean(0)).square().sum()
+        figures = {"fvu": fvu, "l0": l0, "dead": torch.tensor(len(dead) / s.features)}
+        if len(dead):  # they learn what the living leave unexplained
             rows = self.decoder_weight[dead]
-            code = torch.zeros(len(x), len(rows)).scatter(1, index, torch.relu(value))
+            value = x @ self.encoder_weight[dead].T + self.encoder_bias[dead]
+            top = value.topk(min(len(dead), x.shape[1] // 2), dim=1)
+            code = torch.zeros_like(value).scatter(1, top.indices, torch.relu(top.values))
             target = error.detach()
             loss = loss + AUX_WEIGHT * (target - code @ rows).square().sum(1).mean() / x.shape[1]
         return loss, figures
@@ -131,7 +190,7 @@ def train_sae(
     if first is None:
         raise ValueError("no activations to train on")
     trainee = Trainee(settings, first)
-    optimizer = torch.optim.Adam(trainee.parameters(), settings.lr, (0.9, 0.99))
+    optimizer = torch.optim.Adam(trainee.parameters(), settings.lr, (0.9, 0.99), fused=True)
     curve: list[dict[str, float]] = []
     done = 0
     if checkpoint is not None and checkpoint.exists():
@@ -151,9 +210,10 @@ def train_sae(
         optimizer.zero_grad()
         trainee.normalise_decoder()
         if (step + 1) % 25 == 0 or step + 1 == settings.steps:
-            curve.append({"step": step + 1, **figures})
+            point = {name: value.item() for name, value in figures.items()}
+            curve.append({"step": step + 1, **point})
             if progress is not None:
-                progress(step + 1, figures)
+                progress(step + 1, point)
         if checkpoint is not None and (step + 1) % 250 == 0:
             _save_checkpoint(checkpoint, settings, trainee, optimizer, step + 1, curve)
     return trainee.freeze(), curve
