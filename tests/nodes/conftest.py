@@ -1,0 +1,56 @@
+"""Fixtures: the pack as ComfyUI would import it, and the worlds that contracts are tried in."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tests.nodes import real, standin
+
+ROOT = Path(__file__).parents[2]
+COMFYUI = Path(os.environ["COMFYUI_PATH"]) if os.environ.get("COMFYUI_PATH") else None
+NO_COMFYUI = "COMFYUI_PATH does not name a ComfyUI folder: the tests against the real one are left out"
+
+# The pack's own folder must not be on sys.path (ComfyUI has a module 'nodes' of its own), and its
+# __init__ needs ComfyUI. So its packages are made here, and their modules imported as usual.
+PACK = "safedig_pack"
+for name, folder in ((PACK, ROOT), (f"{PACK}.nodes", ROOT / "nodes")):
+    package = ModuleType(name)
+    package.__path__ = [str(folder)]
+    sys.modules[name] = package
+
+
+def pack_module(name: str) -> Any:
+    """A module of the pack, such as nodes.patching."""
+    return importlib.import_module(f"{PACK}.{name}")
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> Path:
+    """The folder of the real ComfyUI."""
+    if COMFYUI is None or not (COMFYUI / "main.py").is_file():
+        pytest.skip(NO_COMFYUI)
+    return COMFYUI
+
+
+@pytest.fixture(params=["stand-in", "ComfyUI"])
+def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    if request.param == "stand-in":
+        yield standin.World(monkeypatch)
+    else:
+        real.load(request.getfixturevalue("comfyui"))
+        with torch.inference_mode():  # as nodes are executed
+            yield real.World(monkeypatch)
+
+
+@pytest.fixture(params=["flux", "sd3"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param

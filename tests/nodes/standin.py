@@ -1,0 +1,353 @@
+"""A stand-in for ComfyUI's sampling: small, written for these tests, true to the call shapes.
+
+What is here is what SafeDIG's patching relies on: the ModelPatcher's cloning and wrappers, a run
+from guider to sampler, conditionings batched in reverse order, and the block loops of FLUX and SD3
+with their replacements. The same contracts run against the real ComfyUI where it is at hand.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import uuid
+from collections.abc import Callable
+from itertools import pairwise
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+HEADS = 2
+
+
+def _mix(width: int) -> nn.Linear:
+    return nn.Linear(width, width)
+
+
+class FluxDouble(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.own, self.across = _mix(width), _mix(width)
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.cat([txt, img], 1).mean(1, keepdim=True)
+        return img + torch.tanh(self.own(img + vec) + self.across(both)), txt + torch.tanh(
+            self.across(txt + both)
+        )
+
+
+class FluxSingle(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.own, self.across = _mix(width), _mix(width)
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        return x + torch.tanh(self.own(x + vec) + self.across(x.mean(1, keepdim=True)))
+
+
+class JointBlock(FluxDouble):
+    """SD3's order: text first; the last block of a model gives no text."""
+
+    def __init__(self, width: int, last: bool):
+        super().__init__(width)
+        self.last = last
+
+    def forward(self, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor | None, Tensor]:
+        image, text = super().forward(x, context, c)
+        return None if self.last else text, image
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return nn.functional.unfold(x, 2, stride=2).transpose(1, 2)
+
+
+def _latent(tokens: Tensor, like: Tensor) -> Tensor:
+    return nn.functional.fold(tokens.transpose(1, 2), like.shape[-2:], 2, stride=2)
+
+
+class Flux(nn.Module):
+    """2 double and 2 single blocks of width 32, prompts of width 16, latents of 16 channels."""
+
+    patch_size, hidden_size = 2, 32
+    params = SimpleNamespace(context_in_dim=16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.img_in, self.txt_in = nn.Linear(64, 32), nn.Linear(16, 32)
+        self.double_blocks = nn.ModuleList(FluxDouble(32) for _ in range(2))
+        self.single_blocks = nn.ModuleList(FluxSingle(32) for _ in range(2))
+        self.final_layer = nn.Linear(32, 64)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, options: dict, control: Any, refs: list[Tensor]):
+        wrappers = _wrappers(options, "diffusion_model")
+        return Executor(self._forward, self, wrappers)(x, t, context, options, control, refs)
+
+    def _forward(
+        self, x: Tensor, t: Tensor, context: Tensor, options: dict, control: Any, refs: list[Tensor]
+    ):
+        replaced = options.get("patches_replace", {}).get("dit", {})
+        img = torch.cat([self.img_in(_tokens(x)), *(self.img_in(_tokens(r)) for r in refs)], 1)
+        txt, vec = self.txt_in(context), t[:, None, None]
+        for i, block in enumerate(self.double_blocks):
+            if ("double_block", i) in replaced:
+
+                def original(args: dict, block: nn.Module = block) -> dict:
+                    image, text = block(args["img"], args["txt"], args["vec"])
+                    return {"img": image, "txt": text}
+
+                args = {"img": img, "txt": txt, "vec": vec, "pe": None, "transformer_options": options}
+                out = replaced["double_block", i](args, {"original_block": original})
+                img, txt = out["img"], out["txt"]
+            else:
+                img, txt = block(img, txt, vec)
+            if control is not None:
+                img[:, : control.shape[1]] += control
+        img = torch.cat([txt, img], 1)
+        for i, block in enumerate(self.single_blocks):
+            if ("single_block", i) in replaced:
+
+                def original(args: dict, block: nn.Module = block) -> dict:
+                    return {"img": block(args["img"], args["vec"])}
+
+                args = {"img": img, "vec": vec, "pe": None, "transformer_options": options}
+                img = replaced["single_block", i](args, {"original_block": original})["img"]
+            else:
+                img = block(img, vec)
+        own = img[:, txt.shape[1] :][:, : _tokens(x).shape[1]]
+        return _latent(self.final_layer(own), x)
+
+
+class OpenAISignatureMMDITWrapper(nn.Module):
+    """2 joint blocks of width 128, prompts of width 16; no wrapper around it, as in ComfyUI."""
+
+    patch_size, hidden_size = 2, 128
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x_embedder, self.context_embedder = nn.Linear(64, 128), nn.Linear(16, 128)
+        self.joint_blocks = nn.ModuleList(JointBlock(128, i == 1) for i in range(2))
+        self.final_layer = nn.Linear(128, 64)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, options: dict, control: Any, refs: list[Tensor]):
+        replaced = options.get("patches_replace", {}).get("dit", {})
+        image, text, c = self.x_embedder(_tokens(x)), self.context_embedder(context), t[:, None, None]
+        for i, block in enumerate(self.joint_blocks):
+            if ("double_block", i) in replaced:
+
+                def original(args: dict, block: nn.Module = block) -> dict:
+                    assert args["transformer_options"] is not None
+                    text, image = block(args["txt"], args["img"], args["vec"])
+                    return {"txt": text, "img": image}
+
+                args = {"img": image, "txt": text, "vec": c, "transformer_options": options}
+                out = replaced["double_block", i](args, {"original_block": original})
+                text, image = out["txt"], out["img"]
+            else:
+                text, image = block(text, image, c)
+            if control is not None:
+                image += control
+        return _latent(self.final_layer(image), x)
+
+
+class Executor:
+    """A chain of wrappers around a function."""
+
+    def __init__(self, original: Callable, owner: Any, wrappers: list[Callable]):
+        self._original, self.class_obj, self._wrappers = original, owner, wrappers
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._wrappers:
+            return self._original(*args, **kwargs)
+        inner = Executor(self._original, self.class_obj, self._wrappers[1:])
+        return self._wrappers[0](inner, *args, **kwargs)
+
+
+def _wrappers(options: dict, kind: str) -> list[Callable]:
+    return [w for group in options.get("wrappers", {}).get(kind, {}).values() for w in group]
+
+
+class BaseModel:
+    def __init__(self, transformer: nn.Module):
+        self.diffusion_model = transformer
+
+    def apply_model(
+        self, x: Tensor, t: Tensor, c_concat=None, c_crossattn=None, control=None, options=None, **kw
+    ):
+        run = Executor(self._apply_model, self, _wrappers(options or {}, "apply_model"))
+        return run(x, t, c_concat, c_crossattn, control, options, **kw)
+
+    def _apply_model(self, x: Tensor, t: Tensor, c_concat, c_crossattn, control, options, refs=()):
+        dtype = next(self.diffusion_model.parameters()).dtype
+        parts = (v.to(dtype) for v in (x, t, c_crossattn))
+        velocity = self.diffusion_model(*parts, options, control, list(refs))
+        return x - t[:, None, None, None] * velocity.float()
+
+
+class ModelPatcher:
+    def __init__(self, model: Any, load_device: Any = None, offload_device: Any = None):
+        self.model, self.load_device, self.offload_device = model, load_device, offload_device
+        self.model_options: dict[str, Any] = {"transformer_options": {}}
+        self.wrappers: dict[str, dict[str, list[Callable]]] = {}
+        self.additional_models: dict[str, list[ModelPatcher]] = {}
+        self.object_patches: dict[str, Any] = {}
+
+    def clone(self) -> ModelPatcher:
+        other = ModelPatcher(self.model, self.load_device, self.offload_device)
+        other.model_options = copy.deepcopy(self.model_options)
+        other.wrappers = {k: {name: [*w] for name, w in g.items()} for k, g in self.wrappers.items()}
+        other.additional_models = {k: [m.clone() for m in g] for k, g in self.additional_models.items()}
+        other.object_patches = dict(self.object_patches)
+        return other
+
+    def add_wrapper_with_key(self, kind: str, key: str, wrapper: Callable) -> None:
+        self.wrappers.setdefault(kind, {}).setdefault(key, []).append(wrapper)
+
+    def remove_wrappers_with_key(self, kind: str, key: str) -> None:
+        self.wrappers.get(kind, {}).pop(key, None)
+
+    def get_additional_models_with_key(self, key: str) -> list[ModelPatcher]:
+        return self.additional_models.get(key, [])
+
+    def set_additional_models(self, key: str, models: list[ModelPatcher]) -> None:
+        self.additional_models[key] = models
+
+    def set_model_patch_replace(self, patch: Callable, name: str, block: str, number: int) -> None:
+        replaced = self.model_options["transformer_options"].setdefault("patches_replace", {})
+        replaced.setdefault(name, {})[block, number] = patch
+
+    def get_model_object(self, name: str) -> Any:
+        return self.object_patches.get(name, getattr(self.model, name))
+
+
+def _copied(value: Any) -> Any:
+    return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+class Guider:
+    """One run. Conditionings are lists of dicts with a prompt, as ComfyUI's are once converted."""
+
+    def __init__(self, patcher: ModelPatcher, conds: dict[str, list[dict]], cfg: float, together: bool):
+        self.model_patcher, self.conds, self.cfg, self._together = patcher, conds, cfg, together
+
+    def sample(self, noise: Tensor, latent: Tensor, sampler: Callable, sigmas: Tensor) -> Tensor:
+        self.model_options = _copied(self.model_patcher.model_options)
+        options = self.model_options["transformer_options"]
+        options["wrappers"] = _copied(self.model_patcher.wrappers)
+        run = Executor(self.outer_sample, self, _wrappers(options, "outer_sample"))
+        return run(noise, latent, SimpleNamespace(sample=sampler), sigmas)
+
+    def outer_sample(self, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor) -> Tensor:
+        extra = {"model_options": _copied(self.model_options)}
+        wrappers = _wrappers(extra["model_options"]["transformer_options"], "sampler_sample")
+        return Executor(sampler.sample, sampler, wrappers)(self, sigmas, extra, None, noise, latent)
+
+    def __call__(self, x: Tensor, sigma: Tensor, model_options: dict) -> Tensor:
+        wrappers = _wrappers(self.model_options["transformer_options"], "predict_noise")
+        return Executor(self.predict_noise, self, wrappers)(x, sigma, model_options)
+
+    def predict_noise(self, x: Tensor, sigma: Tensor, model_options: dict) -> Tensor:
+        wrappers = _wrappers(model_options["transformer_options"], "calc_cond_batch")
+        names = ["positive"] if self.cfg == 1 else ["positive", "negative"]
+        run = Executor(self._calc_cond_batch, None, wrappers)
+        out = run(self.model_patcher.model, [self.conds[n] for n in names], x, sigma, model_options)
+        return out[0] if self.cfg == 1 else out[1] + (out[0] - out[1]) * self.cfg
+
+    def _calc_cond_batch(self, model: Any, conds: list, x: Tensor, sigma: Tensor, model_options: dict):
+        todo = [(c, i) for i, group in enumerate(conds) for c in group][::-1]
+        total = [torch.zeros_like(x) for _ in conds]
+        for batch in [todo] if self._together else [[entry] for entry in todo]:
+            options = dict(model_options["transformer_options"])
+            options |= {"cond_or_uncond": [i for _, i in batch], "uuids": [c["uuid"] for c, _ in batch]}
+            context = torch.cat([c["prompt"].expand(len(x), -1, -1) for c, _ in batch])
+            refs = [r.repeat(len(batch) * len(x), 1, 1, 1) for r in batch[0][0].get("refs", [])]
+            many, t = x.repeat(len(batch), 1, 1, 1), sigma.repeat(len(batch))
+            control = batch[0][0].get("control")
+            out = model.apply_model(many, t, None, context, control, options, refs=refs)
+            for part, (_, i) in zip(out.chunk(len(batch)), batch, strict=True):
+                total[i] += part / len(conds[i])
+        return total
+
+
+def euler(
+    guider: Guider, sigmas: Tensor, extra: dict, callback: Any, noise: Tensor, latent: Tensor
+) -> Tensor:
+    x = latent + sigmas[0] * noise
+    for now, then in pairwise(sigmas):
+        clean = guider(x, now.expand(len(x)), extra["model_options"])
+        x = clean + (x - clean) * then / now
+    return x
+
+
+def heun(guider: Guider, sigmas: Tensor, extra: dict, callback: Any, noise: Tensor, latent: Tensor) -> Tensor:
+    x = latent + sigmas[0] * noise
+    for now, then in pairwise(sigmas):
+        slope = (x - guider(x, now.expand(len(x)), extra["model_options"])) / now
+        ahead = x + slope * (then - now)
+        if then > 0:
+            slope = (slope + (ahead - guider(ahead, then.expand(len(x)), extra["model_options"])) / then) / 2
+        x = x + slope * (then - now)
+    return x
+
+
+class World:
+    """What the contracts ask of ComfyUI, here of the stand-in."""
+
+    name = "stand-in"
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        for module, contents in {
+            "comfy": {},
+            "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
+            "comfy.model_management": {
+                "get_torch_device": lambda: torch.device("cpu"),
+                "unet_offload_device": lambda: torch.device("cpu"),
+            },
+        }.items():
+            fake = ModuleType(module)
+            vars(fake).update(contents)
+            patch.setitem(sys.modules, module, fake)
+        for name in ("model_patcher", "model_management"):
+            setattr(sys.modules["comfy"], name, sys.modules[f"comfy.{name}"])
+
+    def model(self, family: str, dtype: torch.dtype = torch.float32) -> ModelPatcher:
+        torch.manual_seed(5)
+        transformer = Flux() if family == "flux" else OpenAISignatureMMDITWrapper()
+        return ModelPatcher(BaseModel(transformer.to(dtype).requires_grad_(False)))
+
+    def prompt(self, seed: int, tokens: int = 6, **extra: Any) -> dict:
+        g = torch.Generator().manual_seed(seed)
+        return {"prompt": torch.randn(1, tokens, 16, generator=g), "uuid": uuid.uuid4(), **extra}
+
+    def control(self, model: ModelPatcher, tokens: int) -> dict:
+        """What a ControlNet adds to a conditioning: a residual after each double or joint block."""
+        width = model.model.diffusion_model.hidden_size
+        return {"control": 0.3 * torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(3))}
+
+    def references(self, count: int) -> dict:
+        g = torch.Generator().manual_seed(4)
+        return {"refs": [torch.randn(1, 16, 8, 8, generator=g) for _ in range(count)]}
+
+    def sample(
+        self,
+        model: ModelPatcher,
+        positive: list[dict],
+        negative: list[dict] | None = None,
+        *,
+        images: int = 1,
+        steps: int = 4,
+        cfg: float = 2.0,
+        sampler: str = "euler",
+        size: int = 8,
+        together: bool = True,
+        seed: int = 0,
+    ) -> Tensor:
+        """Latents [images, 16, size, size]; the two branches in one forward pass, or one after the other."""
+        conds = {"positive": positive, "negative": negative or [self.prompt(99)]}
+        noise = torch.randn(images, 16, size, size, generator=torch.Generator().manual_seed(seed))
+        guider = Guider(model, conds, cfg, together)
+        latent = torch.zeros_like(noise)
+        return guider.sample(
+            noise, latent, {"euler": euler, "heun": heun}[sampler], torch.linspace(1, 0, steps + 1)
+        )
