@@ -17,27 +17,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .positions import Architecture
-from .prompts import TEXT, PathLike, PromptPair, fingerprint
+from .files import PathLike, blame, need, replacing, sha256_of
+from .store_settings import StoreSettings
 
-FORMAT = 1
 MAX_JSON = 64 << 20  # bytes
 
+_REMEDY = "Get the store again from its source, or capture it anew."
 _DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32"}  # as a file's header has them
 _PART = re.compile(r"\.(store|shard-\d{5,})\.(json|safetensors)\.[0-9a-f]{8}\.part")
 
@@ -46,113 +43,8 @@ class StoreError(ValueError):
     """Says which file, what is wrong with it, and what to do."""
 
 
-@dataclass(frozen=True)
-class StoreSettings:
-    """All that the content of a store depends on; `prompts` lose their `keep`.
-
-    `steps` are the indices of the captured steps, `sampler` whatever else the host was told.
-    Raises ValueError on values that no capture can have.
-    """
-
-    architecture: Architecture
-    positions: tuple[str, ...]
-    model: str
-    prompts: tuple[PromptPair, ...]
-    steps: tuple[int, ...]
-    seed: int = 0
-    tokens_per_image: int | None = None  # None = all
-    pairs_per_shard: int = 8
-    sampler: dict[str, str | int | float] = field(default_factory=dict)
-    dtype: str = "bfloat16"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", tuple(replace(pair, keep=()) for pair in self.prompts))
-        _need(self.prompts, "there are no prompts")
-        counts = [("seed", self.seed, 0, 1 << 62), ("pairs_per_shard", self.pairs_per_shard, 1, 1 << 12)]
-        counts += [("steps", step, 0, 1 << 16) for step in self.steps]
-        if self.tokens_per_image is not None:
-            counts.append(("tokens_per_image", self.tokens_per_image, 1, 1 << 24))
-        for name, value, least, most in counts:
-            fits = type(value) is int and least <= value <= most
-            _need(fits, f"{name} has {value!r:.40} where a count of {least} to {most} is expected")
-        for name, values in (("positions", self.positions), ("steps", self.steps)):
-            _need(values and len({*values}) == len(values), f"{name} must name at least one, and none twice")
-        _need(list(self.steps) == sorted(self.steps), "steps must ascend")
-        known = self.architecture.positions()
-        for name in self.positions:
-            _need(name in known, f"this {self.architecture.describe()} has no position {name!r:.60}")
-        _need(self.dtype == "bfloat16", f"dtype is {self.dtype!r:.40}, not bfloat16")
-        _need(type(self.model) is str, f"model is {self.model!r:.40}, not a name")
-        for value in (self.model, *self.sampler, *self.sampler.values()):
-            number = type(value) in (int, float) and -1e300 < value < 1e300
-            text = type(value) is str and len(value) <= 1000 and TEXT.fullmatch(value)
-            _need(text or number, f"{value!r:.60} is neither a short text nor a number")
-
-    @property
-    def prompts_sha256(self) -> str:
-        """The fingerprint of the prompts, without `keep`."""
-        return fingerprint(self.prompts)
-
-    def sides(self, pair: int) -> int:
-        """1 for a purely safe prompt, else 2."""
-        return 1 if self.prompts[pair].unsafe is None else 2
-
-    def groups(self) -> list[list[int]]:
-        """The pairs of each shard: of one kind, in order."""
-        groups: list[list[int]] = []
-        filling: dict[int, list[int]] = {}  # by sides
-        for pair in range(len(self.prompts)):
-            group = filling.get(self.sides(pair), [])
-            if len(group) % self.pairs_per_shard == 0:  # none yet, or full
-                group = filling[self.sides(pair)] = []
-                groups.append(group)
-            group.append(pair)
-        return groups
-
-    def estimated_bytes(
-        self, tokens: dict[str, int], latent: int = 0, pairs: Sequence[int] | None = None
-    ) -> int:
-        """What `pairs` (default: all) take on disk, but for headers.
-
-        `tokens` are the sequence lengths by position, `latent` the numbers in one final latent.
-        """
-        kept = {p: min(tokens[p], self.tokens_per_image or tokens[p]) for p in self.positions}
-        side = 4 * latent
-        side += sum(2 * len(self.steps) * k * self.architecture.width_of(p) for p, k in kept.items())
-        chosen = range(len(self.prompts)) if pairs is None else pairs
-        return sum(self.sides(pair) * side + 4 * sum(kept.values()) for pair in chosen)
-
-    def to_json(self) -> dict[str, Any]:
-        value = {f.name: getattr(self, f.name) for f in fields(self)}
-        value["architecture"] = self.architecture.to_json()
-        value |= {"positions": list(self.positions), "steps": list(self.steps)}
-        value["prompts"] = [[pair.domain, pair.safe, pair.unsafe] for pair in self.prompts]
-        return {"format": FORMAT} | value | {"prompts_sha256": self.prompts_sha256}
-
-    @classmethod
-    def from_json(cls, value: object) -> StoreSettings:
-        """Raises ValueError on anything but what `to_json` writes."""
-        names = {f.name for f in fields(cls)} | {"format", "prompts_sha256"}
-        if type(value) is not dict or value.keys() != names:
-            raise ValueError(f"the settings must be exactly {', '.join(sorted(names))}")
-        found: dict[str, Any] = dict(value)
-        version, sha256 = found.pop("format"), found.pop("prompts_sha256")
-        _need(type(version) is int and version == FORMAT, f"its format is {version!r:.20}, not {FORMAT}")
-        for name in ("positions", "steps", "prompts"):
-            _need(type(found[name]) is list, f"{name} is not a list")
-        _need(all(type(name) is str for name in found["positions"]), "positions must be names")
-        for row in found["prompts"]:
-            fits = type(row) is list and len(row) == 3 and type(row[2]) in (str, type(None))
-            _need(fits and type(row[0]) is type(row[1]) is str, f"{row!r:.60} is not [domain, safe, unsafe]")
-        _need(type(found["sampler"]) is dict, "sampler is not an object")
-        settings = cls(
-            **found
-            | {"architecture": Architecture.from_json(found["architecture"])}
-            | {"positions": tuple(found["positions"]), "steps": tuple(found["steps"])}
-            | {"prompts": tuple(PromptPair(*row) for row in found["prompts"])}
-        )
-        _need(sha256 == settings.prompts_sha256, "prompts_sha256 is not that of its prompts")
-        return settings
+def _blame(path: PathLike, remedy: str = _REMEDY) -> AbstractContextManager[None]:
+    return blame(StoreError, path, remedy)
 
 
 class ActivationWriter:
@@ -225,11 +117,11 @@ class ActivationWriter:
                 tokens = {p: tensors[p].shape[3] for p in self.settings.positions}
                 self._require_space(tokens, tensors["latents"][0, 0].numel())
                 self._has_space = True
-            with _replacing(path) as part:
+            with replacing(path) as part:
                 # save_file refuses views
                 layout = {"copy": True, "memory_format": torch.contiguous_format}
                 save_file({name: t.detach().to("cpu", **layout) for name, t in tensors.items()}, part)
-                entry = {"sha256": _sha256(part), "bytes": part.stat().st_size, "pairs": pairs}
+                entry = {"sha256": sha256_of(part), "bytes": part.stat().st_size, "pairs": pairs}
                 path.with_suffix(".json").unlink(missing_ok=True)  # never beside another shard's content
             _write_json(path.with_suffix(".json"), entry)
 
@@ -273,7 +165,8 @@ class ActivationStore:
         for group, sha256 in self._sha256.items():
             path = _shard(self.folder, group)
             with _blame(path):
-                _need(_sha256(path) == sha256, "it has changed since it was captured")
+                _require_plain(path)
+                need(sha256_of(path) == sha256, "it has changed since it was captured")
 
     def indices(self, domain: str | None = None) -> list[int]:
         """The captured pairs, of one domain or all, in order."""
@@ -411,7 +304,7 @@ def _check_layout(settings: StoreSettings, pairs: list[int], found: dict[str, tu
         raise ValueError(f"tensor {name!r:.80} is {'unexpected' if name in found else 'missing'}")
     count, sides = len(pairs), settings.sides(pairs[0])
     dtype, shape = found["latents"]
-    _need(
+    need(
         dtype == "F32" and shape[:2] == [count, sides],
         f"tensor latents is {dtype} {shape}, not F32 [{count}, {sides}, ...]",
     )
@@ -421,17 +314,17 @@ def _check_layout(settings: StoreSettings, pairs: list[int], found: dict[str, tu
         fits = (
             dtype == "I32" and len(shape) == 2 and shape[0] == count and 1 <= shape[1] <= (most or shape[1])
         )
-        _need(fits, f"tensor {position}/tokens is {dtype} {shape}, not I32 [{count}, {most or 'tokens'}]")
+        need(fits, f"tensor {position}/tokens is {dtype} {shape}, not I32 [{count}, {most or 'tokens'}]")
         wanted = [count, sides, len(settings.steps), shape[1], settings.architecture.width_of(position)]
         dtype, shape = found[position]
-        _need(dtype == "BF16" and shape == wanted, f"tensor {position} is {dtype} {shape}, not BF16 {wanted}")
+        need(dtype == "BF16" and shape == wanted, f"tensor {position} is {dtype} {shape}, not BF16 {wanted}")
 
 
 def _check_values(name: str, value: Tensor) -> None:
     if name.endswith("/tokens"):
         fits = bool((value >= 0).all() and (value.diff(dim=1) > 0).all())
-        _need(fits, f"tensor {name} is not lists of ascending tokens")
-    _need(value.isfinite().all(), f"tensor {name} has numbers that are not finite")
+        need(fits, f"tensor {name} is not lists of ascending tokens")
+    need(value.isfinite().all(), f"tensor {name} has numbers that are not finite")
 
 
 def _shard(folder: Path, group: int) -> Path:
@@ -461,41 +354,19 @@ def _read_json(path: Path) -> Any:
         _require_plain(path)
         with path.open("rb") as file:
             raw = file.read(MAX_JSON + 1)
-        _need(len(raw) <= MAX_JSON, "it is too large")
+        need(len(raw) <= MAX_JSON, "it is too large")
         return json.loads(raw)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with _replacing(path) as part:
+    with replacing(path) as part:
         part.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` once it is safe on the disk."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    _require_plain(path)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _require_plain(path: Path) -> None:
     """A link could lead out of the store's folder, and reading a pipe would not end."""
-    _need(not path.is_symlink(), "it is a link, and a store has plain files only")
-    _need(path.is_file(), "there is no such file")
+    need(not path.is_symlink(), "it is a link, and a store has plain files only")
+    need(path.is_file(), "there is no such file")
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
@@ -511,24 +382,3 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
             name, a, b = f"{name}[{i}]", a[i], b[i]
         return f"{name} is {a!r:.200} there and {b!r:.200} here"
     return None
-
-
-def _need(condition: object, fault: str) -> None:
-    if not condition:
-        raise ValueError(fault)
-
-
-@contextmanager
-def _blame(
-    path: PathLike, remedy: str = "Get the store again from its source, or capture it anew."
-) -> Iterator[None]:
-    """Faults found inside leave as a StoreError that names the file."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except OSError as error:
-        fault = error.strerror or error
-        raise StoreError(f"{path}: {fault}. Check the name, the disk and the permissions.") from error
-    except (ValueError, RecursionError, SafetensorError) as error:
-        raise StoreError(f"{path}: {error!s:.500}. {remedy}") from error

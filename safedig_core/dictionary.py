@@ -17,6 +17,7 @@ plain ValueError; `_blame` adds the file's name on the way out.
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -214,6 +215,8 @@ def _save(path: PathLike, kind: str, card: Card, tensors: dict[str, Tensor], ada
             text = json.dumps(card.to_json(), sort_keys=True, allow_nan=False)
         except TypeError as error:
             raise ValueError(f"the card can't be written as JSON: {error}") from error
+        for killed in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            killed.unlink()
         with replacing(path) as part:
             save_file(copies, part, {"safedig": text})
             _File(part).verify()

@@ -14,24 +14,19 @@ import csv
 import hashlib
 import io
 import json
-import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from .files import DOMAIN, TEXT, PathLike
 
 SAFE = "safe"  # the domain of purely safe prompts
 MAX_FILE = 16 << 20  # bytes
 MAX_PROMPT = 4000  # characters
 MAX_KEEP = 64
 
-# no control characters, half surrogates or marks that turn the direction of text
-TEXT = re.compile(r"[^\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]*")
-_DOMAIN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _KEYS = ("domain", "unsafe", "safe", "keep")
-
-PathLike = str | os.PathLike[str]
 
 
 class PromptError(ValueError):
@@ -51,7 +46,7 @@ class PromptPair:
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not _DOMAIN.fullmatch(self.domain):
+        if not DOMAIN.fullmatch(self.domain):
             raise ValueError(
                 f"{self.domain!r:.80} is not the name of a domain: use up to 64 of a-z, 0-9, - and _"
             )

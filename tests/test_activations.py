@@ -22,6 +22,7 @@ from torch import Tensor
 
 from safedig_core import activations
 from safedig_core.activations import ActivationStore, ActivationWriter, StoreError, StoreSettings
+from safedig_core.files import sha256_of
 from safedig_core.positions import Architecture
 from safedig_core.prompts import PromptPair, fingerprint
 
@@ -463,7 +464,7 @@ def forge(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     change(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     entry = json.loads(path.with_suffix(".json").read_text())
-    entry |= {"bytes": path.stat().st_size, "sha256": activations._sha256(path)}
+    entry |= {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     path.with_suffix(".json").write_text(json.dumps(entry))
 
 
