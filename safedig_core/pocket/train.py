@@ -76,9 +76,9 @@ def training_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def noise_levels(count: int) -> Tensor:
-    """Logit-normal t in (0, 1), stratified over the batch."""
+    """Logit-normal t in (0, 1), stratified over the batch; a little more noise than even."""
     even = (torch.arange(count) + torch.rand(())) / count
-    return torch.sigmoid(torch.special.ndtri(even.clamp(1e-3, 1 - 1e-3)))[torch.randperm(count)]
+    return torch.sigmoid(0.4 + torch.special.ndtri(even.clamp(1e-3, 1 - 1e-3)))[torch.randperm(count)]
 
 
 def fit_autoencoder(sprites: Sprites, path: Path) -> Autoencoder:
@@ -288,7 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--emoji", type=Path, help="folder of the unpacked artwork packages")
-    parser.add_argument("--steps", type=int, default=7500)
+    parser.add_argument("--steps", type=int, default=7000)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     emoji = options.emoji or options.out / "emoji"
