@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from safedig_core.dictionary import Action
+from safedig_core.positions import Architecture
 from tests.nodes import real, standin
+from tests.nodes.server import Server
+from tests.tiny import TINY, write_dictionary
 
 ROOT = Path(__file__).parents[2]
 COMFYUI = Path(os.environ["COMFYUI_PATH"]) if os.environ.get("COMFYUI_PATH") else None
@@ -39,6 +43,26 @@ def comfyui() -> Path:
     if COMFYUI is None or not (COMFYUI / "main.py").is_file():
         pytest.skip(NO_COMFYUI)
     return COMFYUI
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A running ComfyUI with dictionaries for the tiny models, one of them cut short."""
+    base = tmp_path_factory.mktemp("comfyui")
+    folder = base / "models" / "safedig"
+    folder.mkdir(parents=True)
+    sd3 = Architecture("sd3", (2, 0), 128, 16)
+    for name, position, architecture in (("flux", "double.1.img", TINY), ("sd3", "joint.1.img", sd3)):
+        plan = [Action(position, "repel", "residual", 1.0)]
+        write_dictionary(folder / f"{name}.safetensors", plan, architecture=architecture)
+    whole = (folder / "flux.safetensors").read_bytes()
+    (folder / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    running = Server(comfyui, base)
+    try:
+        running.wait()
+        yield running
+    finally:
+        running.stop()
 
 
 @pytest.fixture(params=["stand-in", "ComfyUI"])

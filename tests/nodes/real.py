@@ -35,8 +35,8 @@ class World:
         torch.manual_seed(5)
         device = torch.device("cpu")
         model = (_flux if family == "flux" else _sd3)(dtype)
-        for parameter in model.diffusion_model.parameters():
-            parameter.data = (0.3 * torch.randn(parameter.shape)).to(dtype)
+        for tensor in model.diffusion_model.state_dict().values():  # left as memory was, buffers too
+            tensor.copy_(0.3 * torch.randn(tensor.shape))
         model = model.eval().requires_grad_(False)
         return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
 

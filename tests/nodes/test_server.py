@@ -4,39 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from safedig_core.dictionary import Action
-from safedig_core.positions import Architecture
 from tests.nodes.server import Server
-from tests.tiny import TINY, write_dictionary
 
-SD3 = Architecture("sd3", (2, 0), 128, 16)
 POSITION = {"flux": "double.1.img", "sd3": "joint.1.img"}
-
-
-@pytest.fixture(scope="module")
-def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    base = tmp_path_factory.mktemp("comfyui")
-    folder = base / "models" / "safedig"
-    folder.mkdir(parents=True)
-    for family, architecture in (("flux", TINY), ("sd3", SD3)):
-        plan = [Action(POSITION[family], "repel", "residual", 1.0)]
-        write_dictionary(folder / f"{family}.safetensors", plan, architecture=architecture)
-    whole = (folder / "flux.safetensors").read_bytes()
-    (folder / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    running = Server(comfyui, base)
-    try:
-        running.wait()
-        yield running
-    finally:
-        running.stop()
 
 
 def graph(
@@ -87,7 +63,8 @@ def graph(
         model = ["between", 0]
     nodes["sampler"] = node(
         "KSampler", model=model, positive=["positive", 0], negative=["negative", 0],
-        latent_image=["latent", 0], seed=3, steps=6, cfg=2.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+        latent_image=["latent", 0], seed=3, steps=6, cfg=2.0, sampler_name="euler", scheduler="simple",
+        denoise=1.0,
     )  # fmt: skip
     return nodes
 
