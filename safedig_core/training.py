@@ -195,6 +195,8 @@ def train_sae(
     done = 0
     if checkpoint is not None and checkpoint.exists():
         done, curve = _load_checkpoint(checkpoint, settings, trainee, optimizer)
+        if done == settings.steps:
+            return trainee.freeze(), curve
     for step, a in enumerate(_endless(batches)):
         if step >= settings.steps:
             break
@@ -214,7 +216,7 @@ def train_sae(
             curve.append({"step": step + 1, **point})
             if progress is not None:
                 progress(step + 1, point)
-        if checkpoint is not None and (step + 1) % 250 == 0:
+        if checkpoint is not None and ((step + 1) % 250 == 0 or step + 1 == settings.steps):
             _save_checkpoint(checkpoint, settings, trainee, optimizer, step + 1, curve)
     return trainee.freeze(), curve
 

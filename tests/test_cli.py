@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from safedig_core.cli import main
 from safedig_core.pocket.study import shipped
 from safedig_core.prompts import write_prompts
@@ -112,7 +113,7 @@ def test_route_evaluate_inspect_and_check(
     evaluate = ["evaluate", *dictionary, "--prompts", prompts["evaluate"], "--out", str(tmp_path / "out")]
     assert main([*evaluate, "--json", str(tmp_path / "evaluate.json")]) == 0
     results = json.loads((tmp_path / "evaluate.json").read_text())
-    assert [row["method"] for row in results["rows"]][0] == "none"
+    assert results["rows"][0]["method"] == "none"
     assert "safedig-residual" in [row["method"] for row in results["rows"]]
     assert all(row["n_images"] == 12 for row in results["rows"])
     page = (tmp_path / "out" / "report.html").read_text()
