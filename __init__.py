@@ -17,9 +17,9 @@ WEB_DIRECTORY = "./web"
 class SafeDIG(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from .nodes import NODES
-        from .nodes.load_dictionary import register_folder
+        from .nodes.load_dictionary import register
 
-        register_folder()
+        register()
         return NODES
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -14,12 +15,40 @@ PACK = Path(__file__).parent.parent
 NONE_YET = "(put .safetensors files into models/safedig)"
 
 
-def register_folder() -> None:
-    """Makes models/safedig known, beside what extra_model_paths.yaml names."""
+def register() -> None:
+    """Makes models/safedig known, beside what extra_model_paths.yaml names, and lets the web page ask
+    for a dictionary's card."""
     import folder_paths
+    from aiohttp import web
+    from server import PromptServer
 
     folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
     folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
+
+    @PromptServer.instance.routes.get("/safedig/card")
+    async def card(request: web.Request) -> web.Response:
+        try:
+            return web.json_response(summary(request.query.get("dictionary", "")))
+        except ValueError as error:
+            return web.json_response({"error": str(error)})
+
+
+def summary(name: str) -> dict[str, Any]:
+    """What the web page shows of a dictionary. Raises ValueError where it can't be read."""
+    from ..safedig_core.dictionary import Dictionary
+
+    card = Dictionary.open(path_of(name)).card
+    architecture = card.architecture
+    return {
+        "title": card.title,
+        "model": architecture.describe(),
+        "domains": list(card.domains),
+        "positions": {p: architecture.group(p) for p in architecture.positions() if p in card.positions},
+        "all_positions": list(architecture.positions()),
+        "plan": [[action.position, action.operator, action.strength] for action in card.plan],
+        "licence": card.licence["weights"],
+        "creator": card.creator,
+    }
 
 
 def bundled() -> dict[str, Path]:

@@ -36,7 +36,7 @@ POLICIES = ("block", "warn", "off")
 # the values of comfy.patcher_extension.WrappersMP
 OUTER_SAMPLE, SAMPLER_SAMPLE = "outer_sample", "sampler_sample"
 PREDICT_NOISE, APPLY_MODEL = "predict_noise", "apply_model"
-FAMILIES = {"Flux": "flux", "MMDiT": "sd3", "OpenAISignatureMMDITWrapper": "sd3"}
+FAMILIES = {"Flux": "flux", "OpenAISignatureMMDITWrapper": "sd3"}  # AuraFlow has an MMDiT too
 REFUSED = {
     "HiDreamImageTransformer2DModel": "HiDream's blocks can't be hooked",
     "ComfyFluxWrapper": "Nunchaku's FLUX never calls block hooks; load it with Load Diffusion Model instead",
@@ -139,7 +139,7 @@ class Attachment:
         self._rows: list[slice] = []
         self._negative: set[object] = set()
         self._hooks = self._make_hooks()
-        self._steer = self._steer_eagerly
+        self._steer: Callable[[str, Tensor], Tensor] = self._steer_eagerly
 
     def wrappers(self) -> dict[str, Callable]:
         return {

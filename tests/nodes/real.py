@@ -1,5 +1,6 @@
 """The real ComfyUI of COMFYUI_PATH, imported into the test process, on the CPU."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import importlib

@@ -39,7 +39,7 @@ def build(tmp_path: Path, family: str):
         positions: list[str] | None = None, *, strength: float = 1.0, form: str = "residual", **options: Any
     ):
         names = positions or [BLOCK[family]]
-        written = {k: options.pop(k) for k in ("threshold", "domains") if k in options}
+        written = {k: options.pop(k) for k in ("threshold", "domains", "harmful") if k in options}
         window = options.pop("window", (1.0, 0.0))
         plan = [Action(p, "repel", form, strength, window) for p in names]
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
@@ -343,7 +343,7 @@ def test_samplers_with_several_evaluations_a_step(world: Any, family: str, build
 
 
 def test_the_window_is_in_noise_levels(world: Any, family: str, build: Any) -> None:
-    steered, attachment = patching.attach(world.model(family), build(window=(0.75, 0.5)))
+    steered, attachment = patching.attach(world.model(family), build(window=(0.75, 0.5), harmful=24))
     sample(world, steered)
     fired = attachment.runs[-1].result["tokens_fired"][0]
     assert [sum(step) > 0 for step in fired] == [False, True, True, False]
