@@ -196,7 +196,8 @@ class Attachment:
             self._sigmas = torch.zeros(run.room, device=noise.device)
             run.grid, run.ready = self._grid(noise), True
             if "torch._dynamo" in sys.modules and self._steer == self._steer_eagerly:
-                self._steer = torch.compiler.disable(self._steer_eagerly)  # imports it, which takes seconds
+                disable: Any = torch.compiler.disable  # would import it, which takes seconds
+                self._steer = disable(self._steer_eagerly)
         return executor(guider, sigmas, extra, callback, noise, *args)
 
     def evaluate(self, executor: Any, x: Tensor, timestep: Tensor, *args, **kwargs) -> Tensor:
