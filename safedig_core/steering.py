@@ -54,7 +54,7 @@ class Site:
     def code(self, a: Tensor) -> Tensor:
         """[B, T, d] -> z_M [B, T, R]."""
         h = a @ self.weight.T + self.bias
-        return h.masked_fill(~(h > self.threshold), 0.0)  # where() with a number waits for the device
+        return torch.where(h > self.threshold, h, 0.0)
 
     def change(self, a: Tensor, z: Tensor, strengths: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The summed change of all actions [B, T, d], and which tokens it moves [B, T].
@@ -227,7 +227,7 @@ class Steering:
         z = site.code(x)
         seen = z.sum(1) @ site.evidence.T
         if isinstance(self.sigma, Tensor):
-            seen = seen.masked_fill(~torch.stack(inside).any(), 0.0)
+            seen = torch.where(torch.stack(inside).any(), seen, 0.0)
         torch.maximum(self.evidence, seen, out=self.evidence)
         self.history[self.index] = self.evidence
         self._stop_on_risk(position)
