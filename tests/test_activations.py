@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from safedig_core.activations import ActivationStore, ActivationWriter, StoreErr
 from safedig_core.files import sha256_of
 from safedig_core.positions import Architecture
 from safedig_core.prompts import PromptPair, fingerprint
+from tests.tiny import run_and_die
 
 ARCHITECTURE = Architecture("flux", (1, 1), 6, 4)
 TOTAL = {"text": 3, "single.0.img": 9}  # tokens of a whole sequence
@@ -263,20 +263,6 @@ def test_a_partial_store_has_what_is_there(tmp_path: Path) -> None:
     assert len(list(store.batches("text", 5, 0))) == 5
     with pytest.raises(StoreError, match="pair 0 was not captured"):
         store.images("text", [0])
-
-
-def run_and_die(work: Callable[[], None], after: float | None = None) -> bool:
-    """Runs `work` in a process of its own, killed after some seconds; says whether it was killed."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    if after is not None:
-        time.sleep(after)
-        os.kill(child, signal.SIGKILL)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

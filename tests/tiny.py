@@ -1,12 +1,22 @@
-"""Small dictionaries for tests."""
+"""Small dictionaries and models for tests, and processes that are killed."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from safedig_core.dictionary import Action, Card, Dictionary, Domain, Gate, PositionInfo, save_dictionary
+from safedig_core.hosts import Tap
+from safedig_core.hosts.diffusers import architecture_of, attached
 from safedig_core.positions import Architecture
 from safedig_core.sae import SAE
 
@@ -57,3 +67,116 @@ def write_dictionary(
     }
     save_dictionary(path, card, saes, adapters)
     return Dictionary.open(path)
+
+
+def flux() -> nn.Module:
+    """The FLUX of diffusers, of architecture TINY, with random weights."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=8,
+        guidance_embeds=False,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+
+
+def sd3() -> nn.Module:
+    """The SD3 of diffusers, with random weights."""
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=32,
+        pooled_projection_dim=8,
+        out_channels=4,
+        pos_embed_max_size=8,
+    ).eval()
+
+
+def flux_inputs(images: int = 2, tokens: int = 9, words: int = 5, seed: int = 0) -> dict[str, Any]:
+    """Arguments of a forward pass of `flux()`."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.zeros(tokens, 3)
+    ids[:, 2] = torch.arange(tokens)
+    return {
+        "hidden_states": torch.randn(images, tokens, 16, generator=g),
+        "encoder_hidden_states": torch.randn(images, words, 16, generator=g),
+        "pooled_projections": torch.randn(images, 8, generator=g),
+        "timestep": torch.full((images,), 0.5),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(words, 3),
+        "return_dict": False,
+    }
+
+
+class TinyHost:
+    """`flux()` as a host: 4 Euler steps over 9 image tokens, prompts of 5 hashed words."""
+
+    name, steps = "tiny", 4
+
+    def __init__(self, transformer: nn.Module):
+        self.transformer = transformer
+        self.architecture = architecture_of(transformer)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        tap: Tap | None = None,
+        negatives: Sequence[str] | None = None,
+    ) -> Tensor:
+        inputs = flux_inputs(len(prompts))
+        x = torch.stack([torch.randn(9, 16, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        words = torch.stack([self.words(prompt) for prompt in prompts])
+        inputs |= {"encoder_hidden_states": words, "pooled_projections": words.mean(1)[:, :8]}
+        if tap is not None:
+            tap.begin(len(prompts), self.steps)
+        with attached(self.transformer, tap.positions, tap) if tap is not None else nullcontext():
+            for i in range(self.steps):
+                sigma = 1 - i / self.steps
+                if tap is not None:
+                    tap.step(i, sigma, slice(0, len(prompts)))
+                inputs |= {"hidden_states": x, "timestep": torch.full((len(prompts),), sigma)}
+                x = x - self.transformer(**inputs)[0] / self.steps
+        return x
+
+    def words(self, prompt: str) -> Tensor:
+        seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:6], "little")
+        return torch.randn(5, 16, generator=torch.Generator().manual_seed(seed))
+
+    def denoising_loss(self, *_: Any, **__: Any) -> float:
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def run_and_die(work: Callable[[], object], after: float | None = None) -> bool:
+    """Runs `work` in a process of its own, killed after some seconds; says whether it was killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)  # the threads of the parent are not in a fork
+            work()
+        finally:
+            os._exit(0)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
