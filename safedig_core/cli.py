@@ -114,7 +114,7 @@ def run_route(o: argparse.Namespace, progress: Progress) -> dict:
     store = ActivationStore(o.store)
     routes = route(store, o.source, o.target, target_pairs=o.target_pairs)
     print(route_table(routes))
-    plan = chosen(routes, store.architecture, o.count)
+    plan = chosen(routes, store.architecture)
     print(f"chosen: {', '.join(plan)}")
     return {"routes": [asdict(r) for r in routes], "chosen": plan}
 
@@ -301,7 +301,6 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--source", required=True)
     sub.add_argument("--target", required=True)
     sub.add_argument("--target-pairs", type=int, default=16)
-    sub.add_argument("--count", type=int, default=3)
 
     sub = command("train", run_train, "train a dictionary on the source domain")
     model(sub)

@@ -34,14 +34,14 @@ SUBSPACE = 8  # directions of the source contrasts that Repel's surrogate remove
 
 @dataclass(frozen=True)
 class Route:
-    """One position and operator with its score, each term's share of it and a bootstrap interval."""
+    """One position and operator with its score, the terms it is made of and an interval."""
 
     position: str
     operator: str
     group: str
     score: float
     terms: dict[str, float]  # the unweighted values
-    interval: tuple[float, float]  # 90 %, over resampled pairs
+    interval: tuple[float, float]  # 90 %, over random halves of the pairs
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,9 @@ def contrasts(store: ActivationStore, position: str, domain: str, most: int | No
     return Contrasts(pooled[:, 0], pooled[:, 1], latents[:, 1] - latents[:, 0])
 
 
-def _resampled(c: Contrasts, generator: torch.Generator) -> Contrasts:
-    index = torch.randint(len(c.unsafe), (len(c.unsafe),), generator=generator)
+def _half(c: Contrasts, generator: torch.Generator) -> Contrasts:
+    """Half of the pairs: spreads like a bootstrap sample, without the doubles that raise S_sem."""
+    index = torch.randperm(len(c.unsafe), generator=generator)[: max(2, len(c.unsafe) // 2)]
     return Contrasts(c.unsafe[index], c.safe[index], c.latents[index])
 
 
@@ -118,7 +119,7 @@ def route(
     *,
     target_pairs: int = 16,
     tokens: dict[str, int] | None = None,
-    bootstrap: int = 50,
+    samples: int = 50,
     seed: int = 0,
 ) -> list[Route]:
     """All positions and operators of `store`, best first.
@@ -138,11 +139,11 @@ def route(
         cost = {"cost": work[position] / max(work.values())}
         whole = _terms(c_source, c_target)
         generator = torch.Generator().manual_seed(seed)
-        samples = [
-            _terms(_resampled(c_source, generator), _resampled(c_target, generator)) for _ in range(bootstrap)
+        halves = [
+            _terms(_half(c_source, generator), _half(c_target, generator)) for _ in range(samples)
         ]
         for operator in OPERATORS:
-            spread = torch.tensor([score(sample[operator] | cost) for sample in samples])
+            spread = torch.tensor([score(half[operator] | cost) for half in halves])
             routes.append(
                 Route(
                     position,
@@ -160,11 +161,11 @@ def _captured_tokens(store: ActivationStore) -> dict[str, int]:
     return {p: store.images(p, [store.indices()[0]])[0].shape[2] for p in store.positions}
 
 
-def chosen(routes: Sequence[Route], architecture: Architecture, count: int = 3) -> list[str]:
-    """The best `count` positions by their best operator, in the order of the forward pass."""
-    best: list[str] = []
+def chosen(routes: Sequence[Route], architecture: Architecture) -> list[str]:
+    """The best position of each functional group, in the order of the forward pass.
+
+    One per group, not the best overall: neighbours in one group say nearly the same."""
+    best: dict[str, str] = {}
     for candidate in routes:
-        if candidate.position not in best:
-            best.append(candidate.position)
-    order = architecture.positions()
-    return sorted(best[:count], key=order.index)
+        best.setdefault(candidate.group, candidate.position)
+    return sorted(best.values(), key=architecture.positions().index)

@@ -39,15 +39,18 @@ def test_score_weighs_the_terms_as_the_paper_does() -> None:
     assert abs(score(terms) - (0.25 + 0.35 + 0.25 - 0.15)) < 1e-9
 
 
-def test_chosen_positions_come_in_forward_order_without_repeats() -> None:
+def test_the_best_position_of_each_group_is_chosen_in_forward_order() -> None:
     order = Architecture("flux", (2, 2), 32, 16)
     routes = [
-        Route(p, o, "bind", s, {}, (0, 0))
+        Route(p, o, order.group(p), s, {}, (0, 0))
         for p, o, s in [
             ("single.0.img", "blend", 0.9),
             ("single.0.img", "repel", 0.8),
+            ("single.1.img", "repel", 0.8),
             ("text", "repel", 0.7),
             ("double.1.img", "blend", 0.6),
+            ("double.0.img", "blend", 0.5),
         ]
     ]
-    assert chosen(routes, order, 2) == ["text", "single.0.img"]
+    assert chosen(routes, order) == ["text", "double.1.img", "single.0.img"]
+    assert chosen(routes[:4], order) == ["text", "single.0.img"]

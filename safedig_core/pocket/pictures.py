@@ -55,7 +55,7 @@ def contact_sheet(columns: dict[str, Tensor], captions: Sequence[str], across: i
 
 
 def routing_map(routes: Sequence[Route], chosen: Sequence[str], order: Sequence[str]) -> bytes:
-    """Score of each position by its best operator, with bootstrap intervals, in forward order."""
+    """Score of each position by its best operator, with its interval, in forward order."""
     best = {}
     for r in routes:
         best.setdefault(r.position, r)
@@ -71,7 +71,7 @@ def routing_map(routes: Sequence[Route], chosen: Sequence[str], order: Sequence[
     for group, colour in COLOURS.items():
         axes.bar(0, 0, color=colour, label=group)
     axes.legend(frameon=False, fontsize=8)
-    axes.set_title("Routing (solid: chosen; bars: 90 % bootstrap interval)", fontsize=10)
+    axes.set_title("Routing (solid: chosen; bars: 90 % interval over halves of the pairs)", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
 
