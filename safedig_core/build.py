@@ -41,9 +41,9 @@ class Recipe:
     """How a domain is steered at the routed positions."""
 
     blend: float = 1.0
-    repel: float = 1.0
+    repel: float = 0.5
     window: tuple[float, float] = (1.0, 0.0)
-    specificity: float = 0.9
+    specificity: float = 0.75
     most_features: int = 64
     replay_weight: float = 0.2
     stability: float = 0.01

@@ -24,10 +24,10 @@ class TrainSettings:
     """`kind`: `batch_topk` (k features a token on average) or `relu_l1` (weight `l1`)."""
 
     kind: str = "batch_topk"
-    features: int = 2048
+    features: int = 1024
     k: int = 24
     l1: float = 0.03
-    steps: int = 1500
+    steps: int = 1200
     batch: int = 2048  # tokens
     lr: float = 1e-3
     warmup: int = 100
