@@ -1,0 +1,100 @@
+"""The pocket model in a real ComfyUI: the same pictures as the core's own sampling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from safedig_core.dictionary import Action
+from safedig_core.pocket.model import WEIGHTS
+from tests.nodes import real
+from tests.nodes.conftest import pack_module
+from tests.tiny import write_dictionary
+
+SEEDS = [11, 12]
+PROMPTS = ["a cat and a pistol", "a star and a book"]
+
+
+@pytest.fixture(scope="module")
+def pocket(comfyui: Path) -> Any:
+    """MODEL, CLIP and VAE of the node, and the core's host."""
+    pytest.importorskip("diffusers")
+    if not (WEIGHTS / "pocket-flux.safetensors").is_file():
+        pytest.skip("the pocket weights are not here")
+    real.load(comfyui)
+    from safedig_core.pocket.model import load_pocket
+
+    with torch.inference_mode():
+        out = pack_module("nodes.load_pocket").LoadPocketModel.execute("pocket-flux").args
+    return (*out, load_pocket())
+
+
+def sample(model: Any, clip: Any, prompt: str, noise: torch.Tensor, steps: int) -> torch.Tensor:
+    """As KSampler does, from given noise, with the core's noise levels; latents in FLUX's format."""
+    import comfy.samplers
+
+    positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, ""))
+    return comfy.samplers.sample(
+        model,
+        noise,
+        positive,
+        negative,
+        2.5,
+        torch.device("cpu"),
+        comfy.samplers.sampler_object("euler"),
+        torch.linspace(1, 0, steps + 1),
+        model_options=model.model_options,
+        latent_image=torch.zeros_like(noise),
+        disable_pbar=True,
+        seed=0,
+    )
+
+
+def noise_of(seeds: list[int]) -> torch.Tensor:
+    from safedig_core.pocket.autoencoder import unpack
+    from safedig_core.pocket.model import TOKENS_A_SIDE, noise_for
+
+    return unpack(noise_for(seeds), TOKENS_A_SIDE)
+
+
+def test_paints_what_the_core_paints(pocket: Any) -> None:
+    model, clip, vae, host = pocket
+    with torch.inference_mode():
+        for prompt in PROMPTS:
+            expected = host.decode(host.sample([prompt] * 2, SEEDS))
+            latent = sample(model, clip, prompt, noise_of(SEEDS), host.steps)
+            picture = vae.decode(latent).movedim(-1, 1)
+            torch.testing.assert_close(picture, expected, atol=2e-3, rtol=0)
+
+
+def test_steers_as_the_core_steers(pocket: Any, tmp_path: Path) -> None:
+    model, clip, vae, host = pocket
+    positions = ["text", "double.1.img", "double.0.txt", "single.2.img"]
+    path = tmp_path / "d.safetensors"
+    write_dictionary(
+        path, [Action(p, "repel", "residual", 0.3) for p in positions], architecture=host.architecture
+    )
+    patching, steering = pack_module("nodes.patching"), pack_module("safedig_core.steering")
+    Dictionary = pack_module("safedig_core.dictionary").Dictionary
+    with torch.inference_mode():
+        tap = steering.Steering(Dictionary.open(path))
+        expected = host.decode(host.sample(PROMPTS[:1] * 2, SEEDS, tap))
+        plain = host.decode(host.sample(PROMPTS[:1] * 2, SEEDS))
+        steered, attachment = patching.attach(model, steering.Steering(Dictionary.open(path)))
+        picture = vae.decode(sample(steered, clip, PROMPTS[0], noise_of(SEEDS), host.steps)).movedim(-1, 1)
+    assert (expected - plain).abs().max() > 0.1
+    torch.testing.assert_close(picture, expected, atol=2e-3, rtol=0)
+    ours, theirs = attachment.runs[-1].result, tap.receipt()
+    assert ours["calls"] == theirs["calls"]
+    for mine, other in zip(ours["images"], theirs["images"], strict=True):
+        assert mine["weapons"]["evidence"] == pytest.approx(other["weapons"]["evidence"], rel=1e-3)
+
+
+def test_pictures_survive_the_autoencoder(pocket: Any) -> None:
+    *_, vae, host = pocket
+    with torch.inference_mode():
+        picture = host.decode(host.sample(PROMPTS[:1], SEEDS[:1])).movedim(1, -1)
+        torch.testing.assert_close(vae.decode(vae.encode(picture)), picture, atol=0.1, rtol=0)
