@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .files import blame
 from .sae import SAE
 
 AUX_WEIGHT = 1 / 32
@@ -27,8 +28,8 @@ class TrainSettings:
     features: int = 1024
     k: int = 24
     l1: float = 0.03
-    steps: int = 1200
-    batch: int = 2048  # tokens
+    steps: int = 1000
+    batch: int = 1024  # tokens
     lr: float = 1e-3
     warmup: int = 100
     dead_after: int = 200  # steps without firing
@@ -240,26 +241,29 @@ def _save_checkpoint(
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
     part = path.with_name(path.name + ".part")
-    meta = {"step": str(step), "settings": json.dumps(asdict(settings)), "curve": json.dumps(curve)}
-    save_file(tensors, part, meta)
+    state = {"step": step, "settings": asdict(settings), "curve": curve}
+    save_file(tensors, part, {"training": json.dumps(state)})  # one key: several would come in any order
     os.replace(part, path)
 
 
 def _load_checkpoint(
     path: Path, settings: TrainSettings, trainee: Trainee, optimizer: torch.optim.Optimizer
 ) -> tuple[int, list[dict[str, float]]]:
-    with safe_open(path, "pt") as file:
-        meta = file.metadata()
-    if meta["settings"] != json.dumps(asdict(settings)):
+    with blame(ValueError, path, "Delete it, and train again."):
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {}).get("training", "{}"))
+        tensors = load_file(path)
+    if meta.get("settings") != asdict(settings):
         raise ValueError(f"{path} was written with other settings: delete it, or train with those")
-    tensors = load_file(path)
+    if not torch.equal(tensors["sae.mean"], trainee.mean):
+        raise ValueError(f"{path} was written with other activations: delete it, or train on those")
     trainee.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
     state: dict[int, dict[str, Tensor]] = {}
     for key in (k for k in tensors if k.startswith("optimizer.")):
         _, index, name = key.split(".")
         state.setdefault(int(index), {})[name] = tensors[key]
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return int(meta["step"]), json.loads(meta["curve"])
+    return meta["step"], meta["curve"]
 
 
 def pooled_code(sae: SAE, images: Tensor) -> Tensor:
