@@ -12,7 +12,7 @@ one position add up, and a token or image that is not acted on stays bit-identic
 The evidence gate: per image and domain, the weighted activity of the harmful features, pooled
 over the image's tokens and divided by the position's norm, kept as a running maximum over
 positions and steps. Sites act on an image for a domain only while that value exceeds the
-domain's threshold; being a maximum, an open gate stays open.
+domain's threshold; being a maximum, an open gate stays open. A domain without a gate is always open.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .dictionary import Action, Dictionary
 from .sae import SAE
 
 MODES = ("steer", "observe", "stop")
+ALWAYS = -1.0  # a limit that any evidence exceeds
 
 
 class RiskFound(RuntimeError):
@@ -192,8 +193,8 @@ class Steering:
         self.history = torch.zeros(steps, images, len(self.domains), device=device)
         self.evidence = torch.zeros(images, len(self.domains), device=device)
         gates = [self.dictionary.card.domains[name].gate for name in self.domains]
-        closed = [g.threshold if g else float("inf") for g in gates]
-        self.limit = torch.tensor(closed if self.gate else [-1.0] * len(closed), device=device)
+        limits = [g.threshold if g and self.gate else ALWAYS for g in gates]
+        self.limit = torch.tensor(limits, device=device)
         self.step(0, 1.0, slice(0, images))
 
     def step(self, index: int, sigma: float | Tensor, rows: slice) -> None:
@@ -227,7 +228,7 @@ class Steering:
         z = site.code(x)
         seen = z.sum(1) @ site.evidence.T
         if isinstance(self.sigma, Tensor):
-            seen = torch.where(torch.stack(inside).any(), seen, 0.0)
+            seen = torch.where(torch.stack([torch.as_tensor(on) for on in inside]).any(), seen, 0.0)
         torch.maximum(self.evidence, seen, out=self.evidence)
         self.history[self.index] = self.evidence
         self._stop_on_risk(position)
@@ -271,7 +272,7 @@ class Steering:
                 at = opened[:, b, d].nonzero().flatten()
                 verdict[name] = {
                     "evidence": self.evidence[b, d].item(),
-                    "threshold": limit[d] if self.gate else None,
+                    "threshold": None if limit[d] == ALWAYS else limit[d],
                     "opened_at_step": int(at[0]) if len(at) else None,
                     "mode": self.modes[name],
                 }

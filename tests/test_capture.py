@@ -102,10 +102,12 @@ def test_both_sides_start_from_the_same_noise(host: TinyHost, tmp_path: Path) ->
     assert not torch.equal(*ActivationStore(tmp_path).latents([0, 1])[:, 0])  # noise differs by pair
 
 
-def test_what_is_there_is_not_captured_again(host: TinyHost, tmp_path: Path) -> None:
+def test_what_is_there_is_not_captured_again(
+    host: TinyHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(host, tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    host.sample = lambda *_: pytest.fail("nothing is missing")
+    monkeypatch.setattr(host, "sample", lambda *_: pytest.fail("nothing is missing"))
     assert run(host, tmp_path) == [(3, 3)]
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from safedig_core.dictionary import Card, PositionInfo, save_dictionary
 from safedig_core.sae import quality
-from safedig_core.training import TrainSettings, adapt_decoder, select_features, train_sae
-from tests.tiny import random_sae
+from safedig_core.training import (
+    Trainee,
+    TrainSettings,
+    adapt_decoder,
+    pooled_code,
+    select_features,
+    top_active,
+    train_sae,
+)
+from tests.tiny import TINY, random_sae, run_and_die
 
-WIDTH = 16
+WIDTH = 16  # that of TINY's text
 
 
 def sparse_data(count: int, seed: int = 0) -> torch.Tensor:
@@ -32,7 +45,7 @@ def batches(epoch: int) -> Iterator[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["batch_topk", "relu_l1"])
 def test_training_explains_sparse_data(kind: str) -> None:
-    settings = TrainSettings(kind, features=48, k=4, l1=0.02, steps=400, batch=256, lr=3e-3, warmup=20)
+    settings = TrainSettings(kind, features=48, k=4, l1=0.8, steps=400, batch=256, lr=3e-3, warmup=20)
     sae, curve = train_sae(batches, settings)
     figures = quality(sae, sparse_data(2048, seed=77))
     assert figures["fvu"] < 0.15
@@ -62,11 +75,121 @@ def test_a_killed_training_ends_in_the_same_sae(tmp_path: Path) -> None:
     assert [point["step"] for point in curve] == list(range(25, 301, 25))
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_time_it_ends_in_the_same_files(tmp_path: Path) -> None:
+    """SIGKILL, twice in a row, in training, in a checkpoint or in the saving of the dictionary."""
+    chosen = TrainSettings(features=64, k=4, steps=500, batch=256, warmup=20)
+
+    def work(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        sae, _ = train_sae(batches, chosen, checkpoint=folder / "text.ckpt.safetensors")
+        save_dictionary(folder / "d.safetensors", Card(TINY, {"text": PositionInfo(3)}), {"text": sae})
+
+    run_and_die(lambda: work(tmp_path / "whole"))
+    rng, killed = random.Random(1), 0
+    for attempt in range(4):
+        folder = tmp_path / str(attempt)
+        for longest in (1.0, 2.0):
+            killed += run_and_die(lambda folder=folder: work(folder), rng.uniform(0, longest))
+        run_and_die(lambda folder=folder: work(folder))
+        assert content(folder) == content(tmp_path / "whole")
+    assert killed
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@given(
+    seed=st.integers(0, 1000),
+    tokens=st.integers(1, 30),
+    features=st.integers(1, 40),
+    k=st.integers(1, 8),
+    guess=st.sampled_from([0.0, 0.1, 1.0, 2.0, 100.0]),
+)
+@settings(max_examples=100, deadline=None)
+def test_batch_topk_is_exact_whatever_the_guess(
+    seed: int, tokens: int, features: int, k: int, guess: float
+) -> None:
+    h = torch.randn(tokens, features, generator=torch.Generator().manual_seed(seed))
+    h = (4 * h).round() / 4  # with ties
+    count = k * tokens
+    active = top_active(h, count, torch.tensor(guess))
+    expected = h.flatten().sort(descending=True).values[:count].clamp(min=0)
+    assert torch.equal(h.flatten()[active].sort(descending=True).values, expected[expected > 0])
+    assert torch.equal(active, active.unique())
+
+
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_sparse_gradients_are_those_of_the_dense_loss(seed: int) -> None:
+    chosen = TrainSettings(features=30, k=3, dead_after=0 if seed % 2 else 5)  # with and without revival
+    a = sparse_data(40, seed)
+    trainee = Trainee(chosen, a).double()
+    with torch.no_grad():
+        trainee.encoder_bias.copy_(0.1 * torch.randn(30, generator=torch.Generator().manual_seed(seed)))
+    loss, figures = trainee.loss(a.double())
+    loss.backward()
+    found = gradients(trainee)
+    assert figures["l0"] == 3
+
+    trainee.zero_grad()
+    x = (a.double() - trainee.mean) / trainee.scale
+    h = torch.relu(x @ trainee.encoder_weight.T + trainee.encoder_bias)
+    z = torch.where(h >= h.flatten().sort().values[-3 * len(x)], h, 0.0)
+    error = x - (z @ trainee.decoder_weight + trainee.decoder_bias)
+    dense = error.square().sum(1).mean() / WIDTH
+    idle = (z == 0).all(0)
+    if chosen.dead_after == 0 and idle.any():
+        value = (x @ trainee.encoder_weight.T + trainee.encoder_bias)[:, idle]
+        top = value.topk(min(int(idle.sum()), WIDTH // 2), dim=1)
+        code = torch.zeros_like(value).scatter(1, top.indices, torch.relu(top.values))
+        revival = (error.detach() - code @ trainee.decoder_weight[idle]).square().sum(1).mean()
+        dense = dense + revival / 32 / WIDTH
+    dense.backward()
+    assert loss.item() == pytest.approx(dense.item(), rel=1e-9)
+    for name, gradient in gradients(trainee).items():
+        assert torch.allclose(found[name], gradient, rtol=1e-8, atol=1e-12), name
+
+
+def gradients(trainee: Trainee) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in trainee.named_parameters() if p.grad is not None}
+
+
+def test_dead_features_are_revived() -> None:
+    """Without the auxiliary loss a feature that never fires would never move."""
+    chosen = TrainSettings(features=32, k=4, steps=200, batch=256, warmup=1, dead_after=20)
+    trainee = Trainee(chosen, sparse_data(4096))
+    with torch.no_grad():
+        trainee.encoder_bias[:8] = -3.0
+    optimizer = torch.optim.Adam(trainee.parameters(), 3e-3)
+    dead = []
+    for a in sparse_data(200 * 256).split(256):
+        loss, figures = trainee.loss(a)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        dead.append(figures["dead"].item())
+    assert max(dead) >= 0.25 and dead[-1] < 0.1
+
+
+def test_codes_are_pooled_over_steps_and_tokens() -> None:
+    sae, images = random_sae(5, WIDTH), 2 * torch.randn(3, 2, 4, WIDTH)
+    expected = sae.encode(images.flatten(0, 2)).unflatten(0, (3, 8)).mean(1)
+    assert torch.allclose(pooled_code(sae, images.bfloat16()), expected, atol=2e-2)
+
+
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     checkpoint = tmp_path / "c.safetensors"
     train_sae(batches, TrainSettings(features=32, k=4, steps=250), checkpoint=checkpoint)
     with pytest.raises(ValueError, match="other settings"):
         train_sae(batches, TrainSettings(features=32, k=5, steps=250), checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="other activations"):
+        later = TrainSettings(features=32, k=4, steps=250)
+        train_sae(lambda epoch: batches(epoch + 1), later, checkpoint=checkpoint)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"c\.safetensors: .*Delete it"):
+        train_sae(batches, TrainSettings(features=32, k=4, steps=250), checkpoint=checkpoint)
 
 
 def test_no_data_is_refused() -> None:
