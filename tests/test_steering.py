@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from safedig_core.dictionary import Action
+from safedig_core.dictionary import Action, Dictionary, save_dictionary
 from safedig_core.steering import RiskFound, Steering
-from tests.tiny import TINY, random_sae, write_dictionary
+from tests.tiny import TINY, TinyHost, random_sae, write_dictionary
 
 POSITION = "double.1.img"
 FORMS = [("repel", "residual"), ("blend", "residual"), ("repel", "paper"), ("blend", "paper")]
@@ -170,3 +171,125 @@ def test_receipt_counts_calls_and_tokens(tmp_path: Path) -> None:
     moved = (out != a).any(-1).sum(1).tolist()
     assert receipt["tokens_fired"][0][0] == moved
     assert all(change > 0 for change, n in zip(receipt["relative_change"][0][0], moved, strict=True) if n)
+
+
+# properties, over activations, forms, dtypes and batches
+
+
+@pytest.fixture(scope="module")
+def two_domains(tmp_path_factory: pytest.TempPathFactory) -> Dictionary:
+    """Domains that share no feature: `weapons` has 0-2, `substances` 3-5."""
+    folder = tmp_path_factory.mktemp("two")
+    plan = [Action(POSITION, "repel", "residual", 1.0)]
+    card = write_dictionary(folder / "d.safetensors", plan, domains=("weapons", "substances")).card
+    delta = torch.randn(6, TINY.width, generator=torch.Generator().manual_seed(3))
+    adapters = {}
+    for d, (name, domain) in enumerate(card.domains.items()):
+        domain.features[POSITION], domain.weights[POSITION] = list(range(3 * d, 3 * d + 3)), [1.0] * 3
+        domain.gate = None
+        adapters[POSITION, name] = (torch.arange(6), delta)  # of the other domain's rows as well
+    save_dictionary(folder / "d.safetensors", card, {POSITION: random_sae(24, TINY.width)}, adapters)
+    return Dictionary.open(folder / "d.safetensors")
+
+
+ACTIVATION = st.builds(
+    lambda seed, size, dtype: (size * activation(seed)).to(dtype),
+    st.integers(0, 10_000),
+    st.sampled_from([0.0, 0.3, 1.0, 100.0]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+OPERATION = st.sampled_from(FORMS)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@given(
+    a=ACTIVATION,
+    operation=OPERATION,
+    reason=st.sampled_from(["strength", "multiplier", "window", "gate", "observe"]),
+    sigma=st.floats(0, 1),
+    on_device=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_nothing_to_do_keeps_every_bit(
+    two_domains: Dictionary,
+    a: torch.Tensor,
+    operation: tuple[str, str],
+    reason: str,
+    sigma: float,
+    on_device: bool,
+) -> None:
+    a.view(-1)[:2] = -0.0
+    window = (1.0, 0.0)
+    if reason == "window":
+        window = (1.0, 0.9) if sigma < 0.9 else (0.5, 0.0)
+    strength = 0.0 if reason == "strength" else 1.0
+    s = Steering(
+        two_domains,
+        [Action(POSITION, *operation, strength, window)],
+        strength=0.0 if reason == "multiplier" else 1.0,
+        modes=dict.fromkeys(("weapons", "substances"), "observe") if reason == "observe" else None,
+    )
+    s.begin(len(a), 1)
+    s.step(0, torch.tensor(sigma) if on_device else sigma, slice(0, len(a)))
+    if reason == "gate":
+        s.limit.fill_(float("inf"))
+    assert same_bits(s(POSITION, a), a)
+
+
+@given(a=ACTIVATION, operation=OPERATION, start=st.integers(0, 3), stop=st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_other_rows_of_the_batch_keep_every_bit(
+    two_domains: Dictionary, a: torch.Tensor, operation: tuple[str, str], start: int, stop: int
+) -> None:
+    s = Steering(two_domains, [Action(POSITION, *operation, 1.0)])
+    out = applied(s, a, rows=slice(start, stop))
+    others = [i for i in range(len(a)) if not start <= i < stop]
+    assert same_bits(out[others], a[others])
+    alone = applied(s, a[start:stop])
+    assert torch.allclose(out[start:stop].float(), alone.float(), rtol=1e-2, atol=1e-4)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    operator=st.sampled_from(["repel", "blend"]),
+    domain=st.sampled_from(["", "weapons", "substances"]),
+    strength=st.floats(0.1, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_residual_steering_by_rows_is_the_dense_operator(
+    two_domains: Dictionary, seed: int, operator: str, domain: str, strength: float
+) -> None:
+    """Masks, shared strengths and one domain's actions, against the equation on the whole SAE."""
+    a = activation(seed)
+    out = applied(Steering(two_domains, [Action(POSITION, operator, "residual", strength, domain=domain)]), a)
+    sae = two_domains.sae(POSITION)
+    mask = torch.zeros(24)
+    for name in [domain] if domain else ["weapons", "substances"]:
+        mask[two_domains.card.domains[name].features[POSITION]] = 1
+    z = sae.encode(a) * mask
+    rows = -sae.decoder_weight
+    if operator == "blend":
+        _, rows = two_domains.delta(POSITION, "weapons") or pytest.fail("no adapter")
+        rows = torch.cat([rows, torch.zeros(18, TINY.width)])
+    assert torch.allclose(out, a + strength * sae.scale * z @ rows, rtol=1e-4, atol=1e-3)
+    quiet = ~(z > 0).any(-1)
+    assert same_bits(out[quiet], a[quiet])
+
+
+def test_a_domain_without_a_gate_is_always_steered(two_domains: Dictionary) -> None:
+    s = Steering(two_domains, [Action(POSITION, "repel", "residual", 1.0)])
+    assert not torch.equal(applied(s, activation()), activation())
+    verdict = s.receipt()["images"][0]["weapons"]
+    assert verdict["threshold"] is None and verdict["opened_at_step"] == 0
+
+
+def test_without_positions_the_image_is_bit_identical(two_domains: Dictionary, tiny_flux: nn.Module) -> None:
+    host = TinyHost(tiny_flux)
+    plain = host.sample(["a cat", "a pistol"], [0, 1])
+    for plan in ([], [Action(POSITION, "repel", "residual", 0.0)]):
+        assert same_bits(host.sample(["a cat", "a pistol"], [0, 1], Steering(two_domains, plan)), plain)
+    plan = [Action(POSITION, "repel", "residual", 1.0)]
+    assert not same_bits(host.sample(["a cat", "a pistol"], [0, 1], Steering(two_domains, plan)), plain)
