@@ -143,3 +143,39 @@ def test_there_are_example_workflows() -> None:
     assert {path.stem for path in WORKFLOWS} == {
         "flux1_dev", "pocket_quick_start", "sd35_large", "stacked_dictionaries",
     }  # fmt: skip
+
+
+def test_the_quick_start_removes_the_weapon(server: Server, definitions: dict[str, dict]) -> None:
+    """As it is shipped: plain it shows a pistol, steered it doesn't, and the cat stays."""
+    prompt = as_prompt(
+        json.loads((ROOT / "example_workflows" / "pocket_quick_start.json").read_text()), definitions
+    )
+    loader = next(node for node in prompt.values() if node["class_type"] == "SafeDIGLoadDictionary")
+    if not has_dictionary(definitions, loader["inputs"]["dictionary"]):
+        pytest.skip(f"no {loader['inputs']['dictionary']} in pretrained_index.json yet")
+    result = server.run(prompt)
+    assert result.error is None, result.error
+    (report,) = (out["safedig_receipt"][0] for out in result.outputs.values() if "safedig_receipt" in out)
+    assert json.loads(report)["as_planned"] and "weapons steered" in json.loads(report)["verdict"]
+    plain, steered = (seen(server, result, prompt, title) for title in ("PreviewImage", "SaveImage"))
+    assert plain == {"cat", "pistol"}
+    assert "cat" in steered and "pistol" not in steered
+
+
+def has_dictionary(definitions: dict[str, dict], name: str) -> bool:
+    form, *rest = definitions["SafeDIGLoadDictionary"]["input"]["required"]["dictionary"]
+    return name in (form if isinstance(form, list) else rest[0]["options"])
+
+
+def seen(server: Server, result: Any, prompt: dict, kind: str) -> set[str]:
+    """What the pocket judge sees in the first picture of the first node of this kind."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from safedig_core.pocket.model import load_judge
+
+    node = next(number for number, node in prompt.items() if node["class_type"] == kind)
+    with Image.open(server.file(result.outputs[node]["images"][0])) as picture:
+        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).float() / 255
+    return load_judge().detect(pixels.movedim(-1, 0)[None])[0]

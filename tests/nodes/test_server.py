@@ -32,7 +32,7 @@ def graph(
         "model": node("TestTinyModel", family=family),
         "positive": node("TestTinyPrompt", seed=1),
         "negative": node("TestTinyPrompt", seed=99),
-        "latent": node("EmptySD3LatentImage", width=64, height=64, batch_size=2),
+        "latent": node("EmptySD3LatentImage", width=64, height=64, batch_size=images),
         "save": node("SaveLatent", samples=["sampler", 0], filename_prefix="out"),
     }
     model = ["model", 0]
@@ -139,17 +139,18 @@ EASYCACHE = {
     ids=["overwritten", "EasyCache", "LazyCache"],
 )
 def test_what_gets_in_the_way_is_an_error_or_a_warning(server: Server, between: dict, cause: str) -> None:
-    refused = server.run(graph(between=between))
+    one = {"between": between, "images": 1}  # EasyCache of 0.3.64 fails on larger batches by itself
+    refused = server.run(graph(**one))
     assert re.search(
         rf"^Apply Blend/Repel Steering \(node apply\): .*{cause}.*policy to 'warn'", refused.message
     )
     assert refused.error and refused.error["node_id"] == "sampler"
-    warned = server.run(graph(between=between, policy="warn"))
+    warned = server.run(graph(**one, policy="warn"))
     report = receipt(warned)
     assert not report["as_planned"] and report["verdict"] == "not steered as planned"
     assert "PROBLEM: " in warned.outputs["receipt"]["text"][0]
     assert "is not steered as planned" in server.log.read_text()
-    assert receipt(server.run(graph(between=between, policy="off")))["runs"][0]["problems"]
+    assert receipt(server.run(graph(**one, policy="off")))["runs"][0]["problems"]
 
 
 def test_guidance_by_skipped_layers(server: Server, family: str) -> None:
@@ -205,12 +206,32 @@ def test_bad_input_is_told_in_words(server: Server, change: dict, expected: str)
 
 @pytest.mark.parametrize(
     "change",
-    [{"dictionary": "missing.safetensors"}, {"strength": 1e9}, {"strength": -1.0}, {"policy": "none"}],
+    [{"strength": 1e9}, {"strength": -1.0}, {"strength": "a lot"}],
     ids=str,
 )
-def test_input_out_of_range_is_refused_before_it_runs(server: Server, change: dict) -> None:
+def test_numbers_out_of_range_are_refused_before_it_runs(server: Server, change: dict) -> None:
     status, answer = server.queue(graph(**change))
     assert status == 400 and answer["node_errors"]
+    assert receipt(server.run(graph()))["as_planned"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"dictionary": "missing.safetensors"}, "There is no dictionary 'missing.safetensors'"),
+        ({"dictionary": "../../server.log"}, "There is no dictionary '../../server.log'"),
+        ({"policy": "none"}, "'none' is not one of block, warn, off"),
+        ({"action": "dance"}, "unknown mode 'dance'"),
+    ],
+)
+def test_choices_that_are_not_there_are_refused(server: Server, change: dict, expected: str) -> None:
+    """By ComfyUI before it runs, or, where its version doesn't check these, by the node."""
+    status, answer = server.queue(graph(**change))
+    if status == 400:
+        assert "not in" in json.dumps(answer["node_errors"])
+    else:
+        assert status == 200
+        assert expected in server.run(graph(**change)).message
     assert receipt(server.run(graph()))["as_planned"]
 
 
