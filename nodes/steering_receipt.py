@@ -67,13 +67,14 @@ def report_of(receipt: Attachment) -> dict[str, Any]:
     dictionary = receipt.steering.dictionary
     runs = [_run(run) for run in receipt.runs]
     problems = [problem for run in runs for problem in run["problems"]]
-    found = {s for run in runs for image in run["images"] for s in map(_status, image.items())}
+    images = [_of(run, i) for run in runs for i in range(len(run["images"]))]
+    found = {f"{domain} {status}" for image in images for domain, status in image}
     if not runs:
         verdict = "not steered"
     elif problems:
         verdict = "not steered as planned"
     else:
-        verdict = "; ".join(sorted(s for s in found if "clear" not in s)) or "clear"
+        verdict = "; ".join(sorted(s for s in found if not s.endswith(" clear"))) or "clear"
     report = {
         "format": FORMAT,
         "verdict": verdict,
@@ -101,11 +102,18 @@ def _run(run: Run) -> dict[str, Any]:
     return {"images": [], **fixed, "problems": run.problems, **numbers}
 
 
-def _status(entry: tuple[str, dict]) -> str:
-    domain, found = entry
-    if found["opened_at_step"] is None:
-        return f"{domain} clear"
-    return f"{domain} {'observed' if found['mode'] == 'observe' else 'steered'}"
+def _of(run: dict[str, Any], image: int) -> list[tuple[str, str]]:
+    """What became of each domain in one image: clear, observed, steered, or found without effect."""
+    moved = any(step[image] for position in run["tokens_fired"] for step in position)
+
+    def status(found: dict) -> str:
+        if found["opened_at_step"] is None:
+            return "clear"
+        if found["mode"] == "observe":
+            return "observed"
+        return "steered" if moved else "found, nothing moved"
+
+    return [(domain, status(found)) for domain, found in run["images"][image].items()]
 
 
 def _finite(value: Any) -> Any:
@@ -124,8 +132,8 @@ def text_of(report: dict[str, Any]) -> str:
         if len(report["runs"]) > 1:
             lines += ["", f"Run {number} (node {run['sampler_node']})"]
         lines += [f"PROBLEM: {problem}" for problem in dict.fromkeys(run["problems"])]
-        for i, image in enumerate(run["images"], 1):
-            lines += [f"image {i}: {_found(domain, found)}" for domain, found in image.items()]
+        for i, image in enumerate(run["images"]):
+            lines += [f"image {i + 1}: {_found(d, status, image[d])}" for d, status in _of(run, i)]
         for p, position in enumerate(run.get("positions", [])):
             calls, planned = sum(run["calls"][p]), sum(run["calls_planned"])
             moved = int(sum(map(sum, run["tokens_fired"][p])))
@@ -135,10 +143,8 @@ def text_of(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _found(domain: str, found: dict) -> str:
+def _found(domain: str, status: str, found: dict) -> str:
     evidence, threshold = found["evidence"], found["threshold"]
     measure = f"evidence {evidence:.2f}" + (f" of {threshold:.2f}" if threshold is not None else "")
-    if found["opened_at_step"] is None:
-        return f"{domain}: clear ({measure})"
-    what = "only observed" if found["mode"] == "observe" else "steered"
-    return f"{domain}: found at step {found['opened_at_step'] + 1}, {what} ({measure})"
+    when = "" if found["opened_at_step"] is None else f" from step {found['opened_at_step'] + 1} on"
+    return f"{domain} {status}{when} ({measure})"

@@ -56,7 +56,7 @@ def test_no_call_waits_for_the_device(tmp_path: Path, operator: str, form: str, 
 def test_the_watch_sees_what_would_wait() -> None:
     tensor = torch.ones(3, device="meta")
     with Watch() as watch:
-        tensor * torch.tensor(2.0)
+        torch.mul(tensor, torch.tensor(2.0))
         torch.ones(3).to("meta")
         torch.ones(3).sum().item()
     assert len(watch.found) == 3

@@ -1,5 +1,6 @@
 """The pocket model in a real ComfyUI: the same pictures as the core's own sampling."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,5 +1,6 @@
 """What only the real ComfyUI has: LoRA weights, torch.compile, its memory management."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -21,7 +21,8 @@ def graph(
     apply: bool = True,
     between: dict | None = None,
     positions: dict | None = None,
-    **inputs,
+    images: int = 2,
+    **extra: Any,
 ) -> dict[str, dict]:
     """A sampling run; `between` is a node that takes the steered model and gives it on."""
 
@@ -37,13 +38,13 @@ def graph(
     }
     model = ["model", 0]
     if apply:
-        file = inputs.pop("dictionary", f"{family}.safetensors")
+        file = extra.pop("dictionary", f"{family}.safetensors")
         nodes["dictionary"] = node("SafeDIGLoadDictionary", dictionary=file)
         given = {
             "strength": 1.0, "action": "steer", "action_per_domain": "", "policy": "block",
             "branch": "positive", "gate": True, "preserve_norm": False,
         }  # fmt: skip
-        given |= {"model": model, "dictionary": ["dictionary", 0]} | inputs
+        given |= {"model": model, "dictionary": ["dictionary", 0]} | extra
         if positions is not None:
             chosen = {
                 "select": "routed", "positions": "", "operator": "as planned", "form": "residual",
@@ -113,6 +114,7 @@ def test_strength_zero_is_as_if_the_node_were_not_there(server: Server, family: 
     result = server.run(graph(family, strength=0.0))
     assert torch.equal(latent(server, result), plain)
     assert receipt(result)["runs"][0]["tokens_fired"] == [[[0.0, 0.0]] * 6]
+    assert receipt(result)["verdict"] == "weapons found, nothing moved"
 
 
 def test_what_is_left_out_of_the_plan_is_left_alone(server: Server) -> None:
