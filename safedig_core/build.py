@@ -42,7 +42,7 @@ class Recipe:
 
     blend: float = 1.0
     repel: float = 0.5
-    window: tuple[float, float] = (1.0, 0.0)
+    window: tuple[float, float] = (1.0, 0.5)  # later, Repel leaves speckle
     specificity: float = 0.75
     most_features: int = 64
     replay_weight: float = 0.2

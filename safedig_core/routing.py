@@ -139,9 +139,7 @@ def route(
         cost = {"cost": work[position] / max(work.values())}
         whole = _terms(c_source, c_target)
         generator = torch.Generator().manual_seed(seed)
-        halves = [
-            _terms(_half(c_source, generator), _half(c_target, generator)) for _ in range(samples)
-        ]
+        halves = [_terms(_half(c_source, generator), _half(c_target, generator)) for _ in range(samples)]
         for operator in OPERATORS:
             spread = torch.tensor([score(half[operator] | cost) for half in halves])
             routes.append(

@@ -144,7 +144,7 @@ def train_transformer(sprites: Sprites, autoencoder: Autoencoder, out: Path, ste
 
 
 def train_judge(sprites: Sprites, autoencoder: Autoencoder, out: Path) -> Judge:
-    """Objects where they are on augmented real scenes, repaint on clean ones."""
+    """Learns which objects are where, on augmented real scenes."""
     torch.manual_seed(SEED)
     judge, path = Judge(), out / "judge.safetensors"
     if path.exists():
@@ -155,13 +155,10 @@ def train_judge(sprites: Sprites, autoencoder: Autoencoder, out: Path) -> Judge:
         rng = np.random.default_rng((SEED, 1, step))
         images, where = judge_batch(sprites, autoencoder, rng, 48)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = judge(augmented(images, rng))[0].float()
-            clean = images[::4]
-            repainted = judge(clean)[1].float()
+            logits = judge(augmented(images, rng)).float()
         loss = nn.functional.binary_cross_entropy_with_logits(
             logits, where, pos_weight=torch.tensor(POSITIVE_WEIGHT)
         )
-        loss = loss * 100 + (repainted - clean).square().mean() * 20
         loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = JUDGE_RATE * min(1.0, (step + 1) / 50) * (1 - step / JUDGE_STEPS)
