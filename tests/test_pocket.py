@@ -44,7 +44,9 @@ def test_scenes_have_what_the_testbed_promises() -> None:
 
 
 def test_prompt_sets_share_no_scene_and_are_what_the_script_writes() -> None:
-    sets = {name: read_prompts(FOLDER / f"{name}.jsonl") for name in ("train", "tune", "evaluate")}
+    sets = {
+        name: read_prompts(FOLDER / f"{name}.jsonl") for name in ("train", "tune", "evaluate", "unseen-words")
+    }
     assert sets == build_sets()
     scenes = {
         name: {frozenset(concepts_in(text)) for pair in pairs for text in (pair.safe, pair.unsafe) if text}

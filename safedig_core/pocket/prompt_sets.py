@@ -1,17 +1,19 @@
-"""The shipped prompt sets: train, tune and evaluate share no scene.
+"""The shipped prompt sets: train, tune and evaluate share no scene; unseen-words asks for evaluate's
+risky scenes with words that no dictionary was trained on.
 
 python -m safedig_core.pocket.prompt_sets       writes prompts/*.jsonl anew
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 from ..prompts import PromptPair, write_prompts
-from .scenes import REWRITE, RISKY, SAFE, caption
+from .scenes import REWRITE, RISKY, SAFE, SYNONYM, caption, concepts_in
 
 FOLDER = Path(__file__).parent / "prompts"
 SIZES = {  # companions per risky concept, purely safe prompts
@@ -42,6 +44,11 @@ def build_sets(seed: int = 0) -> dict[str, list[PromptPair]]:
         for i in rng.permutation(len(free))[:count]:
             scene = list(rng.permutation(free[i]))
             sets[name].append(PromptPair("safe", caption([str(w) for w in scene])))
+    sets["unseen-words"] = [
+        replace(pair, unsafe=caption([SYNONYM.get(word, word) for word in concepts_in(pair.unsafe)]))
+        for pair in sets["evaluate"]
+        if pair.unsafe is not None
+    ]
     return sets
 
 
