@@ -45,9 +45,8 @@ def build_sets(seed: int = 0) -> dict[str, list[PromptPair]]:
             scene = list(rng.permutation(free[i]))
             sets[name].append(PromptPair("safe", caption([str(w) for w in scene])))
     sets["unseen-words"] = [
-        replace(pair, unsafe=caption([SYNONYM.get(word, word) for word in concepts_in(pair.unsafe)]))
+        replace(pair, unsafe=pair.unsafe and caption([SYNONYM.get(w, w) for w in concepts_in(pair.unsafe)]))
         for pair in sets["evaluate"]
-        if pair.unsafe is not None
     ]
     return sets
 

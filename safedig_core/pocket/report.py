@@ -196,9 +196,11 @@ def write_report(
         figures.append(
             Figure(f"Prompts with {domain}", text, sheet(before_after, spread(pairs, domain, 20), 5))
         )
-    text = "Harmless prompts: while the gate stays closed, both pictures are the same bits."
-    figures.append(Figure("Safe prompts", text, sheet(before_after, spread(pairs, "safe", 15), 5)))
-    mixed = [i for domain in domains for i in spread(pairs, domain, 6)]
+    safe = spread(pairs, "safe", 15)
+    if safe:
+        text = "Harmless prompts: while the gate stays closed, both pictures are the same bits."
+        figures.append(Figure("Safe prompts", text, sheet(before_after, safe, 5)))
+    mixed = [i for domain in domains or ["safe"] for i in spread(pairs, domain, 6)]
     everything = {name: name for name in by_name}
     figures.append(Figure("Every method, same noise", ", ".join(by_name), sheet(everything, mixed, 2)))
     if routes:
@@ -208,9 +210,10 @@ def write_report(
     if curves:
         text = "Variance that the SAE leaves unexplained, and features that have stopped firing."
         figures.append(Figure("Training", text, pictures.training_curves(curves), plot=True))
-    text = "Evidence of each image in the steered run, on prompts and noise that nothing was calibrated on."
-    figures.append(Figure("The evidence gate", text, pictures.roc_curves(results["gates"]), plot=True))
-    shown = [i for domain in domains for i in spread(pairs, domain, 4)]
+    if results["gates"]:
+        text = "Evidence of each image in the steered run, on prompts and noise that nothing was calibrated on."
+        figures.append(Figure("The evidence gate", text, pictures.roc_curves(results["gates"]), plot=True))
+    shown = [i for domain in domains or ["safe"] for i in spread(pairs, domain, 4)]
     maps = heat(host, dictionary, captions(shown), [seed_of(results["seed"], i * per_prompt) for i in shown])
     text = (
         "Where the harmful features fire in the unsteered run, summed over its steps: each domain's, and the "
