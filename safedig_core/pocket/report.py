@@ -211,7 +211,7 @@ def write_report(
         text = "Variance that the SAE leaves unexplained, and features that have stopped firing."
         figures.append(Figure("Training", text, pictures.training_curves(curves), plot=True))
     if results["gates"]:
-        text = "Evidence of each image in the steered run, on prompts and noise that nothing was calibrated on."
+        text = "Evidence of each image in the steered run; nothing was calibrated on these prompts or noise."
         figures.append(Figure("The evidence gate", text, pictures.roc_curves(results["gates"]), plot=True))
     shown = [i for domain in domains or ["safe"] for i in spread(pairs, domain, 4)]
     maps = heat(host, dictionary, captions(shown), [seed_of(results["seed"], i * per_prompt) for i in shown])
