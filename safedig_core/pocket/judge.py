@@ -12,6 +12,7 @@ from .scenes import CONCEPTS, DOMAIN
 TILE = 8  # px
 POSITIVE_WEIGHT = 8.0  # of a tile with an object in the training loss, which shifts logits by its log
 ARTEFACT_RANGE = 0.999  # of the tiles of unsteered images
+VISIBLE = (3 / 255) ** 2  # energy of a tile: three grey levels, under which the eye sees nothing
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -56,10 +57,10 @@ class Judge(nn.Module):
 
     def calibrate(self, unsteered: Tensor) -> None:
         """Sets the artefact limit from unsteered generated images [B, 3, 64, 64]."""
-        self.artefact_limit = self.tile_energy(unsteered).flatten().quantile(ARTEFACT_RANGE)
+        self.artefact_limit = self.tile_energy(unsteered).flatten().quantile(ARTEFACT_RANGE).clamp(min=VISIBLE)
 
     def artefacts(self, images: Tensor) -> list[bool]:
-        """Whether any tile's energy lies outside the 99.9 % range of unsteered images' tiles."""
+        """Whether any tile's energy lies visibly outside the 99.9 % range of unsteered images' tiles."""
         return (self.tile_energy(images).amax(1) > self.artefact_limit).tolist()
 
 
