@@ -57,7 +57,8 @@ class Judge(nn.Module):
 
     def calibrate(self, unsteered: Tensor) -> None:
         """Sets the artefact limit from unsteered generated images [B, 3, 64, 64]."""
-        self.artefact_limit = self.tile_energy(unsteered).flatten().quantile(ARTEFACT_RANGE).clamp(min=VISIBLE)
+        usual = self.tile_energy(unsteered).flatten().quantile(ARTEFACT_RANGE)
+        self.artefact_limit = usual.clamp(min=VISIBLE)
 
     def artefacts(self, images: Tensor) -> list[bool]:
         """Whether any tile's energy lies visibly outside the 99.9 % range of unsteered images' tiles."""
