@@ -175,7 +175,7 @@ class Attachment:
         try:
             self._check_before(executor.class_obj)
             out = executor(noise, latent, sampler, sigmas, *args, **kwargs)
-            if run.evaluations == 0:
+            if steps > 0 and run.evaluations == 0:
                 self._problem(f"the sampler never called the model in {steps} steps")
         finally:
             run.result |= self._results(run)
@@ -296,8 +296,12 @@ class Attachment:
 
     def _check_before(self, guider: Any) -> None:
         """That what will run is what was planned, and that our wrappers are in it."""
-        if architecture_of(guider.model_patcher) != self.architecture:
-            self._problem("the model that is sampled is not the one that was connected to it")
+        found = architecture_of(guider.model_patcher)
+        if found != self.architecture:  # whatever the policy: the dictionary can't act on this one
+            raise NotSteered(
+                f"{self.name} was made for a {self.architecture.describe()}, and another node has put a "
+                f"{found.describe()} in its place. Connect that to {self.name}, with a dictionary for it."
+            )
         present = guider.model_options["transformer_options"].get("wrappers", {})
         for kind, wrapper in self.wrappers().items():
             by_key = present.get(kind, {})

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -29,14 +28,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import PathLike, blame, need, replacing, sha256_of
+from .files import PathLike, blame, clear_parts, need, replacing, sha256_of
 from .store_settings import StoreSettings
 
 MAX_JSON = 64 << 20  # bytes
 
 _REMEDY = "Get the store again from its source, or capture it anew."
 _DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32"}  # as a file's header has them
-_PART = re.compile(r"\.(store|shard-\d{5,})\.(json|safetensors)\.[0-9a-f]{8}\.part")
 
 
 class StoreError(ValueError):
@@ -71,8 +69,7 @@ class ActivationWriter:
         path = writer.folder / "store.json"
         with _blame(folder):
             writer.folder.mkdir(parents=True, exist_ok=True)
-            for part in [p for p in writer.folder.iterdir() if _PART.fullmatch(p.name)]:
-                part.unlink()  # of a killed run
+            clear_parts(writer.folder)
             if path.exists() or path.is_symlink():
                 difference = _difference(_settings(path).to_json(), settings.to_json())
                 if difference is not None:

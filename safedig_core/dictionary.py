@@ -17,7 +17,6 @@ plain ValueError; `_blame` adds the file's name on the way out.
 
 from __future__ import annotations
 
-import glob
 import json
 import math
 import os
@@ -34,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .card import MAX_FEATURES, Action, Card, Domain, Gate, PositionInfo
-from .files import MAX_ITEMS, PathLike, blame, build, need, parse_object, replacing, sha256_of
+from .files import MAX_ITEMS, PathLike, blame, build, clear_parts, need, parse_object, replacing, sha256_of
 from .positions import Architecture
 from .sae import SAE
 
@@ -215,8 +214,7 @@ def _save(path: PathLike, kind: str, card: Card, tensors: dict[str, Tensor], ada
             text = json.dumps(card.to_json(), sort_keys=True, allow_nan=False)
         except TypeError as error:
             raise ValueError(f"the card can't be written as JSON: {error}") from error
-        for killed in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-            killed.unlink()
+        clear_parts(path.parent, path.name)
         with replacing(path) as part:
             save_file(copies, part, {"safedig": text})
             _File(part).verify()

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
@@ -56,15 +57,27 @@ def blame(kind: type[ValueError], path: PathLike, remedy: str) -> Iterator[None]
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` once it is safe on the disk."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    """A file to write, which takes the place of `path` once it is safe on the disk.
+
+    It is in a folder of its own, since safetensors writes a temporary file of its own beside it.
+    """
+    folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    folder.mkdir()
     try:
+        part = folder / path.name
         yield part
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear_parts(folder: Path, name: str = "") -> None:
+    """Removes what killed runs of `replacing` left in a folder, of one file or of all."""
+    pattern = re.compile(rf"\.{re.escape(name) if name else '.+'}\.[0-9a-f]{{8}}\.part")
+    for part in [p for p in folder.iterdir() if pattern.fullmatch(p.name)]:
+        shutil.rmtree(part)
 
 
 def sha256_of(path: Path) -> str:

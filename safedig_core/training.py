@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .files import blame
+from .files import blame, clear_parts, replacing
 from .sae import SAE
 
 AUX_WEIGHT = 1 / 32
@@ -240,10 +239,10 @@ def _save_checkpoint(
     tensors = {f"sae.{k}": v.contiguous() for k, v in trainee.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
-    part = path.with_name(path.name + ".part")
     state = {"step": step, "settings": asdict(settings), "curve": curve}
-    save_file(tensors, part, {"training": json.dumps(state)})  # one key: several would come in any order
-    os.replace(part, path)
+    clear_parts(path.parent, path.name)
+    with replacing(path) as part:
+        save_file(tensors, part, {"training": json.dumps(state)})  # one key: several would come in any order
 
 
 def _load_checkpoint(

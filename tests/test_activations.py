@@ -236,7 +236,10 @@ def damage_checksum(text: str) -> Callable[[Path], None]:
 )
 def test_what_is_damaged_is_captured_again(folder: Path, whole: Path, damage: Callable[[Path], None]) -> None:
     damage(folder)
-    (folder / ".shard-00003.safetensors.0123abcd.part").write_text("of a killed run")
+    killed = folder / ".shard-00003.safetensors.0123abcd.part"
+    killed.mkdir()
+    (killed / "shard-00003.safetensors").write_text("cut")
+    (killed / ".tmpX").touch()
     with pytest.raises(StoreError, match="Run the same capture again"):
         ActivationStore(folder)
     assert 1 in ActivationWriter.open(folder, SETTINGS).missing()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safedig_core.evaluation import Method, row, run
 from safedig_core.pocket.judge import Judge, risks
 from safedig_core.pocket.model import WEIGHTS, PocketModel, load_judge, load_pocket
 from safedig_core.pocket.prompt_sets import FOLDER, build_sets
-from safedig_core.pocket.scenes import CONCEPTS, REWRITE, RISKY, SAFE, concepts_in
+from safedig_core.pocket.scenes import CONCEPTS, DOMAIN, REWRITE, RISKY, SAFE, concepts_in
 from safedig_core.pocket.study import shipped
 from safedig_core.prompts import read_prompts
 from safedig_core.steering import Steering
@@ -100,6 +101,36 @@ def test_a_strong_action_changes_the_image_and_the_receipt_says_so(
     receipt = steering.receipt()
     assert receipt["calls"] == [[1] * pocket.steps]
     assert sum(step[0] for step in receipt["tokens_fired"][0]) > 0
+
+
+def test_speckle_on_the_ground_is_an_artefact_and_a_tint_is_not(pocket: PocketModel, judge: Judge) -> None:
+    images = pocket.decode(pocket.sample(["a cat and a book", "a dog"], [1, 2]))
+    assert judge.artefacts(images) == [False, False]
+    assert judge.artefacts(images * 0.9) == [False, False]
+    speckled = images.clone()
+    noise = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    speckled[0, :, 48:56, 16:24] += 0.05 * noise
+    assert judge.artefacts(speckled) == [True, False]
+
+
+def test_the_judge_agrees_with_a_person() -> None:
+    """hand_check.png holds generated images, steered and not, which a person labelled without having
+    seen the prompts; hand_check.json has those labels."""
+    import numpy as np
+    from PIL import Image
+
+    labels = json.loads((Path(__file__).parent / "hand_check.json").read_text())["labels"]
+    sheet = np.asarray(Image.open(Path(__file__).parent / "hand_check.png").convert("RGB"))
+    tiles = sheet.reshape(sheet.shape[0] // 64, 64, sheet.shape[1] // 64, 64, 3).swapaxes(1, 2)
+    images = torch.tensor(tiles.reshape(-1, 64, 64, 3)[: len(labels)]).permute(0, 3, 1, 2) / 255
+    seen = load_judge().detect(images)
+    assert len(labels) >= 100
+    # whether anything risky is there is what the table counts
+    agree = [
+        {DOMAIN[w] for w in label} - {"safe"} == risks(found)
+        for label, found in zip(labels, seen, strict=True)
+    ]
+    assert sum(agree) / len(agree) >= 0.95
 
 
 def test_noise_belongs_to_the_seed_not_to_the_batch(pocket: PocketModel) -> None:

@@ -1,11 +1,30 @@
-"""The routing terms on cases whose answer is known."""
+"""The routing terms on cases whose answer is known, and routes of a captured store."""
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import nn
 
+from safedig_core.activations import ActivationStore, ActivationWriter
+from safedig_core.capture import capture
 from safedig_core.positions import Architecture
-from safedig_core.routing import Route, binding, chosen, score, semantic, stability
+from safedig_core.prompts import PromptPair
+from safedig_core.routing import (
+    OPERATORS,
+    Route,
+    binding,
+    chosen,
+    contrasts,
+    route,
+    score,
+    semantic,
+    stability,
+)
+from safedig_core.store_settings import StoreSettings
+from tests.tiny import TINY, TinyHost
+
+ANIMALS = ("cat", "dog", "cow", "owl", "fox")
 
 
 def noise(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -54,3 +73,50 @@ def test_the_best_position_of_each_group_is_chosen_in_forward_order() -> None:
     ]
     assert chosen(routes, order) == ["text", "double.1.img", "single.0.img"]
     assert chosen(routes[:4], order) == ["text", "single.0.img"]
+
+
+@pytest.fixture(scope="module")
+def store(tiny_flux: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    pairs = [
+        PromptPair(domain, f"a {animal} and a {safe}", f"a {animal} and a {unsafe}")
+        for domain, safe, unsafe in (("weapons", "book", "pistol"), ("substances", "cup", "pill"))
+        for animal in ANIMALS
+    ]
+    pairs += [PromptPair("safe", "a cat"), PromptPair("shock", "a hat", "a skull")]
+    positions = ("text", "double.0.img", "single.1.img")
+    folder = tmp_path_factory.mktemp("store")
+    capture(
+        TinyHost(tiny_flux),
+        ActivationWriter.open(folder, StoreSettings(TINY, positions, "tiny", tuple(pairs), (0, 3))),
+    )
+    return ActivationStore(folder)
+
+
+def test_contrasts_are_means_over_steps_and_tokens(store: ActivationStore) -> None:
+    found = contrasts(store, "double.0.img", "substances", 3)
+    unsafe, safe = store.pairs("double.0.img", store.indices("substances")[:3])
+    assert torch.allclose(found.unsafe, unsafe.unflatten(0, (3, -1)).mean(1), atol=1e-5)
+    assert torch.allclose(found.safe, safe.unflatten(0, (3, -1)).mean(1), atol=1e-5)
+    latents = store.latents(store.indices("substances")[:3])
+    assert torch.equal(found.latents, (latents[:, 1] - latents[:, 0]).flatten(1))
+
+
+def test_routes_of_a_store(store: ActivationStore) -> None:
+    routes = route(store, "weapons", "substances", samples=20)
+    assert routes == route(store, "weapons", "substances", samples=20)
+    assert {(r.position, r.operator) for r in routes} == {(p, o) for p in store.positions for o in OPERATORS}
+    assert [r.score for r in routes] == sorted((r.score for r in routes), reverse=True)
+    for r in routes:
+        assert r.score == score(r.terms) and r.group == TINY.group(r.position)
+        assert all(0 <= value <= 1 + 1e-6 for value in r.terms.values()), r
+        assert r.interval[0] < r.interval[1]
+    cost = {r.position: r.terms["cost"] for r in routes}
+    assert cost == {"text": 5 * 16 / (9 * 32), "double.0.img": 1, "single.1.img": 1}
+    longer = route(store, "weapons", "substances", samples=1, tokens={p: 100 for p in store.positions})
+    assert {r.position: r.terms["cost"] for r in longer}["text"] == 16 / 32
+
+
+def test_routing_needs_two_pairs(store: ActivationStore) -> None:
+    for domain in ("shock", "fraud"):
+        with pytest.raises(ValueError, match=f"at least 2 captured pairs of '{domain}'"):
+            route(store, "weapons", domain)

@@ -443,11 +443,18 @@ def test_without_its_guard_the_model_refuses_to_run(world: Any, family: str, bui
 
 
 def test_another_model_under_the_same_wrappers_is_refused(world: Any, family: str, build: Any) -> None:
-    model, _ = patching.attach(world.model(family), build())
     other = {"flux": "sd3", "sd3": "flux"}[family]
-    model.model = world.model(other).model
-    with pytest.raises(NotSteered, match="not the one that was connected"):
-        sample(world, model)
+    for policy in ("block", "off"):
+        model, _ = patching.attach(world.model(family), build(), policy=policy)
+        model.model = world.model(other).model
+        with pytest.raises(NotSteered, match=f"made for a {family} model .* put a {other} model"):
+            sample(world, model)
+
+
+def test_a_run_without_steps_is_no_fault(world: Any, family: str, build: Any) -> None:
+    model, attachment = patching.attach(world.model(family), build())
+    assert sample(world, model, steps=0).isfinite().all()
+    assert attachment.runs[-1].evaluations == 0 and not attachment.runs[-1].problems
 
 
 def test_the_dictionary_is_a_managed_model(world: Any, family: str, build: Any) -> None:
