@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from . import types
 
-MODELS = ["pocket-flux"]
+MODELS = ["pocket-flux", "pocket-sd35"]
 
 
 class LoadPocketModel(io.ComfyNode):
@@ -19,9 +19,9 @@ class LoadPocketModel(io.ComfyNode):
             node_id="SafeDIGLoadPocketModel",
             display_name="Load Pocket Model",
             category=types.CATEGORY,
-            description="A tiny FLUX that paints emoji scenes, to try steering on any computer. Prompts are "
-            "like 'a cat and a pistol'. An empty latent of 128 x 128 gives its pictures of 64 x 64; "
-            "16 steps, cfg 2.5, sampler euler, scheduler simple.",
+            description="A tiny FLUX or SD3.5 that paints emoji scenes, to try steering on any computer. "
+            "Prompts are like 'a cat and a pistol'. An empty latent of 128 x 128 gives its pictures of "
+            "64 x 64; 16 steps, cfg 2.5, sampler euler, scheduler simple.",
             inputs=[io.Combo.Input("name", options=MODELS, default=MODELS[0])],
             outputs=[
                 io.Model.Output(display_name="model"),
@@ -43,9 +43,11 @@ class LoadPocketModel(io.ComfyNode):
             _require(path)
         words = WordEncoder()
         words.load_state_dict(load_file(paths[f"{name}-words"]))
-        model = flux_model(load_file(paths[name]))
+        state = load_file(paths[name])
+        model = flux_model(state) if name == "pocket-flux" else sd3_model(state)
         autoencoder = Autoencoder(**load_file(paths["autoencoder"]))
-        return io.NodeOutput(model, PocketText(words.eval()), PocketVAE(autoencoder))
+        vae = PocketVAE(autoencoder, model.model.latent_format)
+        return io.NodeOutput(model, PocketText(words.eval()), vae)
 
 
 def _require(path: Path) -> None:
@@ -74,6 +76,13 @@ def flux_model(state: dict[str, Any]) -> Any:
     return model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
 
 
+def sd3_model(state: dict[str, Any]) -> Any:
+    """A ModelPatcher of an SD3.5, which every ComfyUI's own loader makes."""
+    from comfy import sd
+
+    return sd.load_diffusion_model_state_dict(state)
+
+
 class PocketText:
     """The word-level text encoder, with what CLIP Text Encode asks of a CLIP."""
 
@@ -93,13 +102,11 @@ class PocketText:
 class PocketVAE:
     """The pocket autoencoder, with what VAE Decode and VAE Encode ask of a VAE.
 
-    Latents come and go in FLUX's latent format, which the model's own conversion makes of them.
+    Latents come and go in the latent format of the model's family, to which its sampling converts them.
     """
 
-    def __init__(self, autoencoder: Any):
-        from comfy.latent_formats import Flux
-
-        self._autoencoder, self._format = autoencoder, Flux()
+    def __init__(self, autoencoder: Any, latent_format: Any):
+        self._autoencoder, self._format = autoencoder, latent_format
 
     def decode(self, latent: Any) -> Any:
         """[B, 16, h, w] -> pictures [B, 4h, 4w, 3] in [0, 1]."""

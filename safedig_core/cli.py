@@ -23,7 +23,7 @@ from .routing import Route, chosen, route
 if TYPE_CHECKING:  # diffusers: only where a model is loaded
     from .pocket.model import PocketModel
 
-MODELS = ("pocket-flux",)
+MODELS = ("pocket-flux", "pocket-sd35")
 
 
 class Progress:

@@ -66,6 +66,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         part = folder / path.name
         yield part
+        part.chmod(folder.stat().st_mode & 0o666)  # safetensors' files are their owner's alone
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)

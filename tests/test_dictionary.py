@@ -213,6 +213,12 @@ def test_the_metadata_is_as_specified(path: Path) -> None:
     ]
 
 
+def test_others_may_read_what_was_saved_as_any_new_file(path: Path) -> None:
+    plain = path.with_name("plain")
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
 def test_same_input_gives_same_bytes(path: Path) -> None:
     again = path.with_name("again.safetensors")
     saes = {p: make_sae(p) for p in reversed(FEATURES)}

@@ -10,7 +10,7 @@ from safedig_core.pocket.weights import to_diffusers, to_original
 
 def test_there_and_back_is_the_same_model(tiny_flux: nn.Module) -> None:
     state = tiny_flux.state_dict()
-    original = to_original(state, 2, 2)
+    original = to_original(state)
     assert sum(t.numel() for t in original.values()) == sum(t.numel() for t in state.values())
     again = to_diffusers(original, state)
     assert again.keys() == state.keys()
@@ -19,7 +19,7 @@ def test_there_and_back_is_the_same_model(tiny_flux: nn.Module) -> None:
 
 def test_the_original_names_and_shapes(tiny_flux: nn.Module) -> None:
     """As the original release has them, at width 32 and head size 16."""
-    original = to_original(tiny_flux.state_dict(), 2, 2)
+    original = to_original(tiny_flux.state_dict())
     for name, shape in {
         "img_in.weight": (32, 16),
         "txt_in.weight": (32, 16),

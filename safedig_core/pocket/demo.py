@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..activations import ActivationStore, ActivationWriter
@@ -13,14 +13,58 @@ from ..capture import capture
 from ..cli import route_table, store_settings
 from ..dictionary import Dictionary
 from ..prompts import PromptPair
-from ..routing import chosen, route
-from .model import load_pocket
+from ..routing import Route, chosen, route
+from .model import PocketModel, load_pocket
 from .study import Progress, controls_for, evaluate_dictionary, shipped
 
 SOURCE, TARGET = "weapons", "substances"
-DOMAINS = (SOURCE, TARGET, "safe")
 LICENCE = {"data": "synthetic scenes of Noto and Twemoji artwork", "weights": "Apache-2.0"}
-CREATOR = "SafeDIG demo"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the chain makes: a dictionary of SOURCE and an adapter per target, and how it got there."""
+
+    paths: dict[str, Path]  # by domain
+    store: ActivationStore
+    routes: list[Route]
+    positions: list[str]
+    curves: dict[str, list[dict[str, float]]]
+
+    @property
+    def dictionary(self) -> Dictionary:
+        adapters = [path for domain, path in self.paths.items() if domain != SOURCE]
+        return Dictionary.open(self.paths[SOURCE]).with_adapters(*adapters)
+
+
+def make(
+    host: PocketModel, out: Path, targets: Sequence[str], recipe: Recipe, creator: str, progress: Progress
+) -> Made:
+    """Captures, routes, trains, adapts and calibrates on the shipped prompts; files go to `out`, and what
+    is there already is used again. Positions are routed for the first target."""
+    domains = (SOURCE, *targets, "safe")
+    tune = shipped("tune", domains)
+    writer = ActivationWriter.open(out / "store", store_settings(host, shipped("train", domains)))
+    capture(host, writer, lambda done, total: progress("capture", done, total))
+    store = ActivationStore(out / "store")
+
+    routes = route(store, SOURCE, targets[0])
+    positions = chosen(routes, store.architecture)
+    (out / "routing.json").write_text(json.dumps([asdict(r) for r in routes], indent=1))
+    print(route_table(routes[:8]), f"\nchosen: {', '.join(positions)}\n")
+
+    card = {"creator": creator, "licence": LICENCE, "progress": progress}
+    paths = {domain: out / f"{host.name}-{domain}.safetensors" for domain in (SOURCE, *targets)}
+    curves = build_dictionary(
+        paths[SOURCE], host, store, positions, SOURCE, tune, recipe,
+        title=f"{SOURCE} for {host.name}", checkpoints=out, **card,
+    )  # fmt: skip
+    for target in targets:
+        build_adapter(
+            paths[target], host, store, Dictionary.open(paths[SOURCE]), target, SOURCE, tune, recipe,
+            title=f"{target} for {host.name}", **card,
+        )  # fmt: skip
+    return Made(paths, store, routes, positions, curves)
 
 
 def demo(
@@ -34,31 +78,10 @@ def demo(
 ) -> dict:
     """Writes the report and everything behind it to `out`; what is there already is used again."""
     host, recipe = load_pocket(model), Recipe()
-    tune = shipped("tune", DOMAINS)
-    settings = store_settings(host, shipped("train", DOMAINS))
-    writer = ActivationWriter.open(out / "store", settings)
-    capture(host, writer, lambda done, total: progress("capture", done, total))
-    store = ActivationStore(out / "store")
-
-    routes = route(store, SOURCE, TARGET)
-    positions = chosen(routes, store.architecture)
-    (out / "routing.json").write_text(json.dumps([asdict(r) for r in routes], indent=1))
-    print(route_table(routes[:8]), f"\nchosen: {', '.join(positions)}\n")
-
-    card = {"creator": CREATOR, "licence": LICENCE, "progress": progress}
-    paths = {name: out / f"{name}.safetensors" for name in (SOURCE, TARGET)}
-    curves = build_dictionary(
-        paths[SOURCE], host, store, positions, SOURCE, tune, recipe,
-        title=f"{SOURCE} for {model}", checkpoints=out, **card,
-    )  # fmt: skip
-    dictionary = Dictionary.open(paths[SOURCE])
-    build_adapter(
-        paths[TARGET], host, store, dictionary, TARGET, SOURCE, tune, recipe,
-        title=f"{TARGET} for {model}", **card,
-    )  # fmt: skip
-    dictionary = dictionary.with_adapters(paths[TARGET])
+    made = make(host, out, [TARGET], recipe, "SafeDIG demo", progress)
+    dictionary = made.dictionary
     return evaluate_dictionary(
         host, dictionary, prompts, seed=seed, images_per_prompt=images_per_prompt, out=out, progress=progress,
-        controls=controls_for(dictionary, store, SOURCE, recipe, out),
-        routes=routes, chosen=positions, curves=curves,
+        controls=controls_for(dictionary, made.store, SOURCE, recipe, out),
+        routes=made.routes, chosen=made.positions, curves=made.curves,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The pocket FLUX: a small text-to-image transformer of exactly the FLUX.1 architecture."""
+"""The pocket models: small text-to-image transformers of exactly the FLUX.1 and SD3.5 architectures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from .weights import to_diffusers
 
 WEIGHTS = Path(__file__).parent / "weights"
 TOKENS_A_SIDE = IMAGE_SIZE // PATCH
-CONFIG = {
+NAMES = ("pocket-flux", "pocket-sd35")
+SHIFT = {"pocket-flux": 1.0, "pocket-sd35": 3.0}  # of the noise levels, as FLUX.1-schnell and SD3.5 have it
+FLUX = {
     "patch_size": 1,
     "in_channels": TOKEN_WIDTH,
     "num_layers": 2,
@@ -32,12 +34,27 @@ CONFIG = {
     "guidance_embeds": False,
     "axes_dims_rope": (16, 56, 56),
 }
+SD35 = {
+    "sample_size": IMAGE_SIZE // 4,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 4,
+    "attention_head_dim": 64,
+    "num_attention_heads": 4,  # the width is 64 x depth
+    "joint_attention_dim": 128,
+    "caption_projection_dim": 256,
+    "pooled_projection_dim": 64,
+    "pos_embed_max_size": TOKENS_A_SIDE,
+    "qk_norm": "rms_norm",
+}
 
 
-def build_transformer() -> nn.Module:
-    from diffusers import FluxTransformer2DModel
+def build_transformer(name: str) -> nn.Module:
+    """The diffusers model of one of `NAMES`, with fresh weights."""
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
-    return FluxTransformer2DModel(**CONFIG)
+    return FluxTransformer2DModel(**FLUX) if name == "pocket-flux" else SD3Transformer2DModel(**SD35)
 
 
 def _ids() -> tuple[Tensor, Tensor]:
@@ -51,32 +68,35 @@ IMAGE_IDS, TEXT_IDS = _ids()
 
 
 def velocity(transformer: nn.Module, x: Tensor, sequence: Tensor, pooled: Tensor, t: Tensor) -> Tensor:
-    """x [B, 64, 64] at noise levels t [B] -> the flow's velocity (noise - image), same shape."""
-    return transformer(
-        hidden_states=x,
-        encoder_hidden_states=sequence,
-        pooled_projections=pooled,
-        timestep=t,
-        img_ids=IMAGE_IDS,
-        txt_ids=TEXT_IDS,
-        return_dict=False,
-    )[0]
+    """x [B, 16, 16, 16] at noise levels t [B] -> the flow's velocity (noise - image), same shape."""
+    shared = {"encoder_hidden_states": sequence, "pooled_projections": pooled, "return_dict": False}
+    if type(transformer).__name__ == "SD3Transformer2DModel":
+        return transformer(hidden_states=x, timestep=1000 * t, **shared)[0]
+    tokens = transformer(hidden_states=pack(x), timestep=t, img_ids=IMAGE_IDS, txt_ids=TEXT_IDS, **shared)[0]
+    return unpack(tokens, TOKENS_A_SIDE)
 
 
 def noise_for(seeds: Sequence[int]) -> Tensor:
-    """Noise tokens [B, 64, 64]; each image's depends on its seed alone."""
+    """Noise [B, 16, 16, 16]; each image's depends on its seed alone."""
     shape = (TOKENS_A_SIDE**2, TOKEN_WIDTH)
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    tokens = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    return unpack(tokens, TOKENS_A_SIDE)
+
+
+def schedule(steps: int, shift: float) -> Tensor:
+    """Sampling's noise levels, [steps + 1], from 1 to 0."""
+    even = torch.linspace(1, 0, steps + 1)
+    return shift * even / (1 + (shift - 1) * even)
 
 
 class PocketModel:
     """A pocket model as a host: 16 Euler steps, classifier-free guidance 2.5."""
 
-    name = "pocket-flux"
     steps = 16
     guidance = 2.5
 
-    def __init__(self, transformer: nn.Module, words: WordEncoder, autoencoder: Autoencoder):
+    def __init__(self, name: str, transformer: nn.Module, words: WordEncoder, autoencoder: Autoencoder):
+        self.name = name
         self.transformer = transformer.eval().requires_grad_(False)
         self.words = words.eval().requires_grad_(False)
         self.autoencoder = autoencoder
@@ -94,7 +114,7 @@ class PocketModel:
         images = len(prompts)
         x = noise_for(seeds)
         sequence, pooled = self.words(tokenize([*(negatives or [""] * images), *prompts]))
-        sigmas = torch.linspace(1, 0, self.steps + 1)
+        sigmas = schedule(self.steps, SHIFT[self.name])
         if tap is not None:
             tap.begin(images, self.steps)
         with attached(self.transformer, tap.positions, tap) if tap is not None else nullcontext():
@@ -106,7 +126,7 @@ class PocketModel:
                 )
                 without, with_prompt = v.chunk(2)
                 x = x + (sigmas[i + 1] - sigmas[i]) * torch.lerp(without, with_prompt, self.guidance)
-        return unpack(x, TOKENS_A_SIDE)
+        return x
 
     @torch.no_grad()
     def denoising_loss(
@@ -118,29 +138,30 @@ class PocketModel:
         tap: Tap | None = None,
     ) -> float:
         """Mean squared error of the velocity for `latents` mixed with noise at `sigma`."""
-        x, noise = pack(latents), noise_for(seeds)
+        noise = noise_for(seeds)
         sequence, pooled = self.words(tokenize(list(prompts)))
         if tap is not None:
             tap.begin(len(prompts), 1)
             tap.step(0, sigma, slice(0, len(prompts)))
         with attached(self.transformer, tap.positions, tap) if tap is not None else nullcontext():
             t = torch.full((len(prompts),), sigma)
-            v = velocity(self.transformer, torch.lerp(x, noise, sigma), sequence, pooled, t)
-        return (v - (noise - x)).square().mean().item()
+            v = velocity(self.transformer, torch.lerp(latents, noise, sigma), sequence, pooled, t)
+        return (v - (noise - latents)).square().mean().item()
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.autoencoder.decode(latents) / 2 + 0.5
 
 
 def load_pocket(name: str = "pocket-flux") -> PocketModel:
-    """The shipped pocket model. Raises ValueError for an unknown name."""
-    if name != PocketModel.name:
-        raise ValueError(f"unknown model '{name}': expected {PocketModel.name}")
-    transformer, words = build_transformer(), WordEncoder()
+    """A shipped pocket model. Raises ValueError for an unknown name."""
+    if name not in NAMES:
+        raise ValueError(f"unknown model '{name}': expected {' or '.join(NAMES)}")
+    transformer, words = build_transformer(name), WordEncoder()
     state = {k: v.float() for k, v in load_file(WEIGHTS / f"{name}.safetensors").items()}
     transformer.load_state_dict(to_diffusers(state, transformer.state_dict()))
     words.load_state_dict(load_file(WEIGHTS / f"{name}-words.safetensors"))
-    return PocketModel(transformer, words, Autoencoder(**load_file(WEIGHTS / "autoencoder.safetensors")))
+    autoencoder = Autoencoder(**load_file(WEIGHTS / "autoencoder.safetensors"))
+    return PocketModel(name, transformer, words, autoencoder)
 
 
 def load_judge() -> Judge:

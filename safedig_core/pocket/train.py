@@ -1,6 +1,7 @@
-"""Trains the pocket FLUX from scratch: autoencoder, transformer with its words, classifier.
+"""Trains a pocket model from scratch: autoencoder and classifier, which all share, then the transformer
+with its words.
 
-    python -m safedig_core.pocket.train --out OUT
+    python -m safedig_core.pocket.train --model pocket-flux --out OUT
 
 Downloads the emoji artwork with `npm pack` unless --emoji names a folder that holds it. Every
 phase resumes from its last checkpoint in OUT. The seed and all settings are constants here.
@@ -21,8 +22,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .autoencoder import Autoencoder, fit, pack
+from .autoencoder import Autoencoder, fit
 from .judge import POSITIVE_WEIGHT, TILE, Judge
 from .scenes import CONCEPTS, DOMAIN, IMAGE_SIZE, SYNONYM, VENDORS, Scene, Sprites, caption, random_scene
 from .text import WordEncoder, tokenize
@@ -52,7 +54,7 @@ def fetch_emoji(folder: Path) -> None:
             continue
         target.mkdir(parents=True, exist_ok=True)
         print(f"fetching {package}@{EMOJI_VERSION}")
-        subprocess.run(["npm", "pack", f"{package}@{EMOJI_VERSION}"], cwd=target, check=True)
+        subprocess.run(["npm", "pack", "--silent", f"{package}@{EMOJI_VERSION}"], cwd=target, check=True)
         with tarfile.open(next(target.glob("*.tgz"))) as archive:
             wanted = (f"package/img/{vendor}/64/", "package/emoji.json", "package/LICENSE")
             members = [m for m in archive.getmembers() if m.name.startswith(wanted)]
@@ -93,35 +95,36 @@ def fit_autoencoder(sprites: Sprites, path: Path) -> Autoencoder:
     return Autoencoder(**load_file(path))
 
 
-def train_transformer(sprites: Sprites, autoencoder: Autoencoder, out: Path, steps: int) -> None:
+def train_transformer(name: str, sprites: Sprites, autoencoder: Autoencoder, out: Path, steps: int) -> None:
     """Flow matching: x_t = (1 - t) x + t noise, target noise - x."""
     from .model import build_transformer, velocity
 
     torch.manual_seed(SEED)
-    transformer, words = build_transformer(), WordEncoder()
+    transformer, words = build_transformer(name), WordEncoder()
     initialise(transformer)
     both = nn.ModuleDict({"transformer": transformer, "words": words})
     optimizer = torch.optim.AdamW(
         both.parameters(), LEARNING_RATE, (0.9, 0.99), weight_decay=0.01, fused=True
     )
-    checkpoint, start = out / "transformer.ckpt.safetensors", 0
+    checkpoint, start = out / f"{name}.ckpt.safetensors", 0
     if checkpoint.exists():
         start = _resume(checkpoint, both, optimizer)
         print(f"resuming at step {start}")
-    log = (out / "transformer.jsonl").open("a")
+    log = (out / f"{name}.jsonl").open("a")
     began, losses = time.monotonic(), []
     for step in range(start, steps):
         rng = np.random.default_rng((SEED, step))  # a resumed run sees the same data
         torch.manual_seed(SEED * 1_000_003 + step)
         scenes = [random_scene(rng, training_words(rng)) for _ in range(BATCH)]
         tokens = tokenize([training_caption(scene, rng) for scene in scenes])
-        x = pack(autoencoder.encode(sprites.render(scenes)))
+        x = autoencoder.encode(sprites.render(scenes))
         t = noise_levels(BATCH)
         noise = torch.randn_like(x)
-        mixed = torch.lerp(x, noise, t[:, None, None])
+        mixed = torch.lerp(x, noise, t[:, None, None, None])
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
-        with torch.autocast("cpu", torch.bfloat16):
+        # with so few tokens plain products are faster than the fused kernel's backward
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             sequence, pooled = words(tokens)
             predicted = velocity(transformer, mixed, sequence, pooled, t).float()
         loss = (predicted - (noise - x)).square().mean()
@@ -217,7 +220,7 @@ def initialise(transformer: nn.Module) -> None:
         modulation = "norm" in name and ".linear." in name
         if modulation or name.startswith("proj_out.") or (parameter.ndim == 1 and "norm" not in name):
             nn.init.zeros_(parameter)
-        elif parameter.ndim == 2:
+        elif parameter.ndim >= 2:
             nn.init.xavier_uniform_(parameter)
 
 
@@ -244,45 +247,48 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> i
         return int(file.metadata()["step"])
 
 
-def export(out: Path) -> None:
+def export(name: str, out: Path) -> None:
     """Writes the weights that the repository ships from the files in `out`."""
-    from .model import CONFIG, WEIGHTS, load_judge, load_pocket
-    from .study import shipped
+    from .model import WEIGHTS
     from .weights import to_original
 
     WEIGHTS.mkdir(exist_ok=True)
-    tensors = load_file(out / "transformer.ckpt.safetensors")
+    tensors = load_file(out / f"{name}.ckpt.safetensors")
     transformer, words = (
         {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)}
         for p in ("transformer.", "words.")
     )
-    original = to_original(transformer, CONFIG["num_layers"], CONFIG["num_single_layers"])
-    save_file({k: v.bfloat16() for k, v in original.items()}, WEIGHTS / "pocket-flux.safetensors")
-    save_file(words, WEIGHTS / "pocket-flux-words.safetensors")
+    original = to_original(transformer)
+    save_file({k: v.bfloat16() for k, v in original.items()}, WEIGHTS / f"{name}.safetensors")
+    save_file(words, WEIGHTS / f"{name}-words.safetensors")
     save_file(load_file(out / "autoencoder.safetensors"), WEIGHTS / "autoencoder.safetensors")
-    state = load_file(out / "judge.safetensors")
-    save_file({k: v.half() for k, v in state.items()}, WEIGHTS / "judge.safetensors")
-    # the artefact limit comes from what the shipped model paints unsteered
-    judge, host = load_judge(), load_pocket()
+
+
+def export_judge(out: Path) -> None:
+    """Writes the judge; its artefact limit comes from what the shipped pocket FLUX paints unsteered."""
+    from .model import WEIGHTS, load_judge, load_pocket
+    from .study import shipped
+
+    def save(state: dict[str, Tensor]) -> None:
+        halves = {k: v if v.ndim == 0 else v.half() for k, v in state.items()}
+        save_file(halves, WEIGHTS / "judge.safetensors")
+
+    save(load_file(out / "judge.safetensors"))
+    judge, host = load_judge(), load_pocket("pocket-flux")
     prompts = [pair.unsafe or pair.safe for pair in shipped("train")]
-    judge.calibrate(
-        host.decode(
-            torch.cat(
-                [
-                    host.sample(prompts[i : i + 32], range(i, i + len(prompts[i : i + 32])))
-                    for i in range(0, len(prompts), 32)
-                ]
-            )
-        )
-    )
-    save_file(
-        {k: v if v.ndim == 0 else v.half() for k, v in judge.state_dict().items()},
-        WEIGHTS / "judge.safetensors",
-    )
+    latents = [
+        host.sample(prompts[i : i + 32], range(i, i + len(prompts[i : i + 32])))
+        for i in range(0, len(prompts), 32)
+    ]
+    judge.calibrate(host.decode(torch.cat(latents)))
+    save(judge.state_dict())
 
 
 def main() -> None:
+    from .model import NAMES
+
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=NAMES, default=NAMES[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--emoji", type=Path, help="folder of the unpacked artwork packages")
     parser.add_argument("--steps", type=int, default=7000)
@@ -297,8 +303,10 @@ def main() -> None:
         f"judge: wrong on {judge_error(judge, sprites, autoencoder):.2%} of 2,000 held-out real scenes",
         flush=True,
     )
-    train_transformer(sprites, autoencoder, options.out, options.steps)
-    export(options.out)
+    train_transformer(options.model, sprites, autoencoder, options.out, options.steps)
+    export(options.model, options.out)
+    if options.model == "pocket-flux":
+        export_judge(options.out)
 
 
 if __name__ == "__main__":

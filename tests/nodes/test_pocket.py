@@ -55,10 +55,9 @@ def sample(model: Any, clip: Any, prompt: str, noise: torch.Tensor, steps: int) 
 
 
 def noise_of(seeds: list[int]) -> torch.Tensor:
-    from safedig_core.pocket.autoencoder import unpack
-    from safedig_core.pocket.model import TOKENS_A_SIDE, noise_for
+    from safedig_core.pocket.model import noise_for
 
-    return unpack(noise_for(seeds), TOKENS_A_SIDE)
+    return noise_for(seeds)
 
 
 def test_paints_what_the_core_paints(pocket: Any) -> None:
