@@ -123,6 +123,10 @@ class Dictionary:
             adapters[name] = file
         return Dictionary(self._file, card, adapters)
 
+    def adapter_plans(self) -> dict[str, list[Action]]:
+        """The plans that added adapters came with, by domain."""
+        return {domain: file.card.plan for domain, file in self._adapters.items()}
+
     def without_gates(self) -> Dictionary:
         """This dictionary with no gate at any domain."""
         domains = {name: replace(domain, gate=None) for name, domain in self.card.domains.items()}
