@@ -11,6 +11,7 @@ from .scenes import CONCEPTS, DOMAIN
 
 TILE = 8  # px
 POSITIVE_WEIGHT = 8.0  # of a tile with an object in the training loss, which shifts logits by its log
+SHIFTS = ((0, 0), (2, 2), (-2, 2), (2, -2), (-2, -2))  # px down and right
 ARTEFACT_RANGE = 0.999  # of the tiles of unsteered images
 VISIBLE = (3 / 255) ** 2  # energy of a tile: three grey levels, under which the eye sees nothing
 
@@ -42,8 +43,12 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def detect(self, images: Tensor) -> list[set[str]]:
-        """The concepts seen in each image."""
-        logits = torch.cat([self(part).amax((2, 3)) for part in images.split(64)])
+        """The concepts seen in each image, by the mean over SHIFTS: what is half an object looks whole
+        from one place and not from the next."""
+        logits = torch.zeros(len(images), len(CONCEPTS))
+        for shift in SHIFTS:
+            parts = images.roll(shift, (2, 3)).split(64)
+            logits += torch.cat([self(part).amax((2, 3)) for part in parts]) / len(SHIFTS)
         seen = logits > math.log(POSITIVE_WEIGHT)
         return [{CONCEPTS[i] for i in row.nonzero().flatten().tolist()} for row in seen]
 

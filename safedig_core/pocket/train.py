@@ -40,7 +40,6 @@ SYNONYM_SHARE = 0.25
 CHECKPOINT_EVERY = 250
 JUDGE_STEPS = 1200
 JUDGE_RATE = 3e-3
-SMUDGED_SHARE = 0.35
 EMOJI_VERSION = "16.0.0"
 
 _RISKY = [w for w in CONCEPTS if DOMAIN[w] != "safe"]
@@ -158,7 +157,6 @@ def train_judge(sprites: Sprites, autoencoder: Autoencoder, out: Path) -> Judge:
     for step in range(JUDGE_STEPS):
         rng = np.random.default_rng((SEED, 1, step))
         images, where = judge_batch(sprites, autoencoder, rng, 48)
-        images = smudged(images, where, rng)
         with torch.autocast("cpu", torch.bfloat16):
             logits = judge(augmented(images, rng)).float()
         loss = nn.functional.binary_cross_entropy_with_logits(
@@ -195,26 +193,6 @@ def judge_batch(
             left, top = x // TILE + 1, y // TILE + 1
             where[i, CONCEPTS.index(word), top : top + 2, left : left + 2] = 1.0
     return images, where
-
-
-def smudged(images: Tensor, where: Tensor, rng: np.random.Generator) -> Tensor:
-    """One half of some images blurred beyond recognition or dissolved into another image's, and nothing to
-    be found there any more: steering leaves such halves, and a person sees no object in them."""
-    images, others = images.clone(), images.roll(1, 0)
-    blurred = images
-    for _ in range(2):
-        blurred = nn.functional.avg_pool2d(blurred, 11, 1, 5, count_include_pad=False)
-    half, cells = IMAGE_SIZE // 2, where.shape[3] // 2
-    for i in np.flatnonzero(rng.random(len(images)) < SMUDGED_SHARE):
-        left = int(rng.integers(2))
-        columns = slice(left * half, (left + 1) * half)
-        share = torch.from_numpy(rng.uniform(0.3, 0.7, (half // TILE * 2, half // TILE))).float()
-        tiles = share.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
-        other = others[i, :, :, columns] if rng.random() < 0.5 else blurred[i, :, :, columns]
-        mixed = torch.lerp(blurred[i, :, :, columns], other, tiles)
-        images[i, :, :, columns] = torch.lerp(mixed, images[i, :, :, columns], float(rng.uniform(0, 0.3)))
-        where[i, :, :, left * cells : (left + 1) * cells] = 0
-    return images
 
 
 def augmented(images: Tensor, rng: np.random.Generator) -> Tensor:
