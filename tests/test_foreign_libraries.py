@@ -13,6 +13,7 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def activations(count: int = 512) -> Tensor:
     return 2 + torch.randn(count, WIDTH, generator=g) @ torch.randn(WIDTH, WIDTH, generator=g) / 4
 
 
-def shaken(module: nn.Module) -> nn.Module:
+def shaken(module: nn.Module) -> Any:
     """With random numbers in every parameter, thresholds above 0."""
     g = torch.Generator().manual_seed(3)
     for name, parameter in module.named_parameters():
@@ -64,7 +65,7 @@ def test_saelens_inference_models(tmp_path: Path, architecture: str, subtract: b
     theirs = shaken(getattr(lens, f"{name}SAE")(getattr(lens, f"{name}SAEConfig")(**options)))
     theirs.save_model(tmp_path)
     a = activations()
-    sae, origin = import_sae(tmp_path, activations(4096) if architecture == "topk" else None)
+    sae, origin = import_sae(tmp_path, WIDTH, activations(4096) if architecture == "topk" else None)
     assert origin["library"] == "SAELens"
     with torch.no_grad():
         if architecture != "topk":
@@ -105,26 +106,35 @@ def test_saelens_training(tmp_path: Path, rescale: bool, normalise: str) -> None
     )
     sae = lens.BatchTopKTrainingSAE(cfg)
     a = activations(1024)
-    run = trainer.SAETrainer(
+    trainer.SAETrainer(
         config.SAETrainerConfig(
-            total_training_samples=40 * 256, train_batch_size_samples=256, n_batches_for_norm_estimate=2
+            total_training_samples=40 * 256,
+            train_batch_size_samples=256,
+            lr_end=3e-4,
+            n_batches_for_norm_estimate=2,
+            n_checkpoints=1,
+            checkpoint_path=str(tmp_path),
         ),
         sae,
         iter(lambda: a[torch.randint(len(a), (256,))], None),
-    )
-    run.save_checkpoint("start", tmp_path)  # before the factor is known
-    run.fit()
+    ).fit()
     sae.save_inference_model(tmp_path / "final")
     theirs = lens.SAE.load_from_disk(tmp_path / "final")
     with torch.no_grad():
-        close(import_sae(tmp_path / "final")[0], a, theirs(a))
-    if normalise == "none":
-        sae.save_model(tmp_path / "checkpoint")
-        with torch.no_grad():
-            close(import_sae(tmp_path / "checkpoint")[0], a, theirs(a))
-    else:
-        with pytest.raises(ValueError, match="scaling_factor"):
-            import_sae(tmp_path / "start")
+        close(import_sae(tmp_path / "final", WIDTH)[0], a, theirs(a))
+    (half,) = (folder for folder in tmp_path.iterdir() if folder.name.isdecimal())
+    folded = lens.TrainingSAE.load_from_disk(half)
+    factor = json.loads((half / "activation_scaler.json").read_text())["scaling_factor"]
+    assert (factor is None) == (normalise == "none")
+    folded.fold_activation_norm_scaling_factor(factor or 1.0)
+    folded.save_inference_model(tmp_path / "folded")
+    theirs = lens.SAE.load_from_disk(tmp_path / "folded")
+    with torch.no_grad():
+        close(import_sae(half, WIDTH)[0], a, theirs(a))
+    if factor is not None:
+        (half / "activation_scaler.json").unlink()
+        with pytest.raises(ValueError, match="fold_activation_norm_scaling_factor"):
+            import_sae(half, WIDTH)
 
 
 @pytest.mark.parametrize("like", ["trained", "negative biases"])
@@ -140,7 +150,7 @@ def test_ours_in_saelens(tmp_path: Path, like: str) -> None:
     with torch.no_grad():
         close(ours, a, theirs(a))
         assert torch.allclose(theirs.encode(a), ours.encode(a), atol=1e-5)
-    back, _ = import_sae(tmp_path / "out")
+    back, _ = import_sae(tmp_path / "out", WIDTH)
     close(back, a, ours.reconstruct(a))
 
 
@@ -149,8 +159,8 @@ def test_sparsify(tmp_path: Path) -> None:
     theirs = shaken(sparsify.SparseCoder(WIDTH, sparsify.SparseCoderConfig(num_latents=FEATURES, k=K)))
     theirs.save_to_disk(tmp_path)
     with pytest.raises(ValueError, match="6 largest features"):
-        import_sae(tmp_path)
-    sae, origin = import_sae(tmp_path, activations(4096))
+        import_sae(tmp_path, WIDTH)
+    sae, origin = import_sae(tmp_path, WIDTH, activations(4096))
     with torch.no_grad():
         measured_top_k(sae, origin, lambda a: theirs(a).sae_out)
 
@@ -183,11 +193,11 @@ def test_dictionary_learning(tmp_path: Path, kind: str) -> None:
     )
     a = activations()
     if kind == "AutoEncoderTopK":
-        sae, origin = import_sae(tmp_path, activations(4096))
+        sae, origin = import_sae(tmp_path, WIDTH, activations(4096))
         with torch.no_grad():
             measured_top_k(sae, origin, theirs)
     else:
-        sae, origin = import_sae(tmp_path)
+        sae, origin = import_sae(tmp_path, WIDTH)
         assert origin["architecture"] == kind
         with torch.no_grad():
             close(sae, a, theirs(a))
