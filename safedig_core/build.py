@@ -25,7 +25,6 @@ from .dictionary import (
     save_adapter,
     save_dictionary,
 )
-from .files import need
 from .hosts import Everywhere, Host
 from .prompts import PromptPair
 from .sae import SAE, quality
@@ -238,7 +237,6 @@ def complete_dictionary(
         domain.features[position], domain.weights[position] = index, weights
         delta = fit_adapter(store, position, sae.rows(slice(0, len(index))), source, source, recipe)
         adapters[position, source] = (torch.tensor(index, dtype=torch.int64), delta)
-    need(any(domain.features.values()), f"no feature is specific to domain '{source}' at {', '.join(saes)}")
     card = Card(
         store.architecture,
         positions=infos,

@@ -20,7 +20,7 @@ from .activations import ActivationStore
 from .build import split
 from .card import Card, PositionInfo
 from .dictionary import Dictionary, save_dictionary
-from .files import need, replacing
+from .files import replacing
 from .foreign_files import ForeignError, read_foreign
 from .positions import Architecture
 from .sae import SAE, quality
@@ -149,11 +149,9 @@ def unit_rows(sae: SAE) -> SAE:
 def export_saelens(dictionary: Dictionary, position: str, folder: Path) -> None:
     """Writes one position's SAE as SAELens' `jumprelu`: same codes, same reconstructions.
 
-    Adapters, gates and plan stay behind; the harmful features are named in its metadata. Raises
-    ValueError where a threshold lies below 0, which SAELens can't say.
+    Adapters, gates and plan stay behind; the harmful features are named in its metadata.
     """
     sae = dictionary.sae(position)
-    need((sae.threshold >= 0).all(), f"{dictionary.path}: {position} has thresholds below 0")
     wide = sae.to(torch.float64)
     bias = wide.scale * wide.decoder_bias + wide.mean
     # a - bias = scale (x - decoder_bias), so the encoder's bias takes up W_e decoder_bias

@@ -90,7 +90,11 @@ def _followed(pickle: bytes) -> Any:
         del stack[start:]
         return items
 
-    for instruction, argument, _ in pickletools.genops(pickle):
+    try:
+        instructions = list(pickletools.genops(pickle))
+    except ValueError as error:
+        raise ValueError(f"its pickle is malformed ({error})") from error
+    for instruction, argument, _ in instructions:
         match instruction.name:
             case "PROTO":
                 need(argument == 2, f"its pickle is of protocol {argument}, not torch.save's 2")
@@ -137,6 +141,7 @@ def _followed(pickle: bytes) -> Any:
                 return stack.pop()
             case other:
                 raise ValueError(f"its pickle has a {other}, which a state dict has no use for")
+    raise ValueError("its pickle does not end")
 
 
 def _stored(path: Path, prefix: str, key: str, arguments: Any) -> Stored:
