@@ -64,11 +64,12 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError) as error:  # all that zipfile raises
-        raise ValueError(f"it is no zip file as torch.save writes them, or damaged ({error})") from error
+    with path.open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                yield archive
+        except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError, OSError) as error:  # zipfile raises all
+            raise ValueError(f"it is no zip file as torch.save writes them, or damaged ({error})") from error
 
 
 def _entry(archive: zipfile.ZipFile, name: str, most: int) -> bytes:

@@ -116,7 +116,7 @@ EDITS = st.lists(st.tuples(st.integers(0, len(VALID)), st.integers(0, 255)), min
 
 @pytest.mark.filterwarnings("ignore:invalid escape")  # pickletools, on texts that are none
 @given(edits=EDITS, in_pickle=st.booleans())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_mutated_state_dicts_are_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int]], in_pickle: bool
 ) -> None:
