@@ -172,8 +172,10 @@ def run_import(o: argparse.Namespace, progress: Progress) -> dict:
         architecture = store.architecture
     elif o.like is not None:
         architecture = Dictionary.open(o.like).card.architecture
+    elif o.architecture is not None:
+        architecture = architecture_of(o.architecture)
     else:
-        architecture = o.architecture or load_host(o.model).architecture
+        architecture = load_host(o.model).architecture
     saes, origins = import_saes({position: Path(folder) for position, folder in o.sae}, architecture, store)
     card = {
         "title": o.title or f"imported from {', '.join(sorted({e['library'] for e in origins.values()}))}",
@@ -208,7 +210,9 @@ def run_export(o: argparse.Namespace, progress: Progress) -> dict:
 def architecture_of(text: str) -> Architecture:
     """FAMILY,BLOCKS,BLOCKS,WIDTH,TEXT_WIDTH, as in flux,19,38,3072,4096."""
     family, *counts = text.split(",")
-    first, second, width, text_width = (int(count) for count in counts)
+    if len(counts) != 4 or not all(count.isdecimal() for count in counts):
+        raise ValueError(f"'{text:.60}' is no architecture: expected five parts, as in flux,19,38,3072,4096")
+    first, second, width, text_width = map(int, counts)
     found = {"family": family, "blocks": [first, second], "width": width, "text_width": text_width}
     return Architecture.from_json(found)
 
@@ -386,7 +390,6 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--like", type=Path, help="a dictionary for the same model, in place of --model")
     sub.add_argument(
         "--architecture",
-        type=architecture_of,
         metavar="FAMILY,BLOCKS,BLOCKS,WIDTH,TEXT_WIDTH",
         help="in place of --model: flux,19,38,3072,4096 is FLUX.1",
     )

@@ -17,7 +17,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,13 +35,14 @@ from .training import TrainSettings, train_sae
 PACKAGES = {"sae_lens": "sae-lens", "dictionary_learning": "dictionary-learning"}  # module: on PyPI
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batches:
-    """The same batches in the same order, whoever asks, without an end."""
+    """The same batches in the same order, whoever asks, without an end; `times` says when."""
 
     tokens: Tensor  # [N, d]
     size: int
     seed: int
+    times: list[float] = field(default_factory=list)
 
     @property
     def width(self) -> int:
@@ -50,6 +52,7 @@ class Batches:
         order = torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(self.seed + number))
         for index in order.split(self.size):
             if len(index) == self.size:
+                self.times.append(time.perf_counter())
                 yield self.tokens[index]
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -126,37 +129,32 @@ def training_rows(
     position: str,
     settings: TrainSettings | None = None,
     *,
-    repeats: int = 1,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Trains with every library at hand, one after the other, and measures on held-out prompts.
 
-    A row is {"library", "tokens_per_s", "fvu", "l0", "dead"}: the median speed over `repeats`
-    trainings (reading the store not counted); fvu, l0 and the share of features that never fire on
-    the held-out tokens, each SAE with the threshold that leaves k features a token on training
-    tokens. `say` is told what runs and what is left out.
+    A row is {"library", "tokens_per_s", "fvu", "l0", "dead"}: the batch over the median time from
+    one batch to the next, which other work on the machine hardly moves; fvu, l0 and the share of
+    features that never fire on the held-out tokens, each SAE with the threshold that leaves k
+    features a token there. `say` is told what runs and what is left out.
     """
     s = settings or TrainSettings()
+    s = replace(s, warmup=min(s.warmup, s.steps // 10))  # a short run warms up for a tenth of it
     training, held_out = split(store.indices())
-    data = Batches(store.tokens(position, training), s.batch, s.seed)
-    unseen = store.tokens(position, held_out)
+    tokens, unseen = store.tokens(position, training), store.tokens(position, held_out)
     rows: list[dict[str, Any]] = []
-    seconds: dict[str, list[float]] = {}
-    for repeat in range(repeats):
-        for library, trainer in _TRAINERS.items():
-            if library in PACKAGES and importlib.util.find_spec(library) is None:
-                say(f"{library} is left out: it is not installed (pip install {PACKAGES[library]})")
-                continue
-            say(f"{library}: training {repeat + 1} of {repeats}")
-            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-                began = time.perf_counter()
-                sae = trainer(data, s)
-                seconds.setdefault(library, []).append(time.perf_counter() - began)
-            if repeat == 0:
-                sae = with_l0(sae, s.k, unseen)
-                rows.append({"library": library, "tokens_per_s": 0.0, **quality(sae, unseen)})
-    for row in rows:
-        row["tokens_per_s"] = s.steps * s.batch / median(seconds[row["library"]])
+    for library, trainer in _TRAINERS.items():
+        if library in PACKAGES and importlib.util.find_spec(library) is None:
+            say(f"{library} is left out: it is not installed (pip install {PACKAGES[library]})")
+            continue
+        say(f"{library}: {s.steps} steps of {s.batch} tokens")
+        data = Batches(tokens, s.batch, s.seed)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            sae = trainer(data, s)
+        step = median(after - before for before, after in pairwise(data.times))
+        rows.append(
+            {"library": library, "tokens_per_s": s.batch / step, **quality(with_l0(sae, s.k, unseen), unseen)}
+        )
     return rows
 
 
@@ -166,7 +164,6 @@ def main() -> int:
     parser.add_argument("--position", required=True)
     for name in ("features", "k", "steps", "batch", "seed"):
         parser.add_argument(f"--{name}", type=int, default=getattr(TrainSettings, name))
-    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE")
     o = parser.parse_args()
     settings = TrainSettings(features=o.features, k=o.k, steps=o.steps, batch=o.batch, seed=o.seed)
@@ -175,7 +172,6 @@ def main() -> int:
             ActivationStore(o.store),
             o.position,
             settings,
-            repeats=o.repeats,
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )
     except ValueError as error:

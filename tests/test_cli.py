@@ -161,6 +161,11 @@ def test_exported_and_imported_again_it_is_the_same_dictionary(
             "no: there is no SAE",
         ),
         (["import", "--sae", "joint.0.img", "no", "--out", "d"], "has no position 'joint.0.img'"),
+        (["import", "--sae", "text", "no", "--out", "d", "--architecture", "flux,1"], "'flux,1' is no"),
+        (
+            ["import", "--sae", "text", "no", "--out", "d", "--like", "no.safetensors"],
+            "no.safetensors: there is no such file",
+        ),
         (["check", "missing.safetensors"], "missing.safetensors: there is no such file"),
         (["route", "--store", "nowhere", "--source", "a", "--target", "b"], "nowhere"),
         (["capture", "--prompts", "no.jsonl", "--store", "s"], "no.jsonl"),
