@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,7 @@ def loss_recovered(
     """(L_mean - L_sae) / (L_mean - L): how much of the model's denoising loss survives where the
     position's activation is replaced by its reconstruction, against its mean; on captured latents."""
     latents = store.latents(indices).transpose(0, 1).flatten(0, 1)  # all unsafe, then all safe
+    average = store.tokens(position, indices).mean(0)
     prompts = [store.prompts[i].unsafe or "" for i in indices] + [store.prompts[i].safe for i in indices]
     seeds = [RECOVERY_SEED + i for i in range(len(prompts))]
 
@@ -92,7 +94,7 @@ def loss_recovered(
         tap = Everywhere([position], lambda _, a: change(a))
         return sum(host.denoising_loss(prompts, latents, seeds, sigma, tap) for sigma in (0.9, 0.6, 0.3))
 
-    plain, mean = loss(lambda a: a), loss(lambda a: sae.mean.expand_as(a))
+    plain, mean = loss(lambda a: a), loss(lambda a: average.expand_as(a))
     return (mean - loss(sae.reconstruct)) / (mean - plain)
 
 
@@ -161,16 +163,13 @@ def build_dictionary(
     checkpoints: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, list[dict[str, float]]]:
-    """Trains one SAE per position on the source domain, adapts it to its own safe rewrites,
-    calibrates the gate on `pairs` and writes `path`. Returns the training curves by position."""
+    """Trains one SAE per position on the source domain and completes them to a dictionary in
+    `path`. Returns the training curves by position."""
     training = [
         p for name in (source, "safe") for p in split(store.indices(name))[0]
     ]  # target pairs are never seen here: the encoder belongs to the source domain
     saes: dict[str, SAE] = {}
-    infos: dict[str, PositionInfo] = {}
     curves: dict[str, list[dict[str, float]]] = {}
-    domain = Domain({}, {}, None)
-    adapters: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
     for position in positions:
 
         def batches(epoch: int, position: str = position):
@@ -182,7 +181,50 @@ def build_dictionary(
                 progress(what, step, recipe.train.steps)
 
         checkpoint = checkpoints / f"{position}.ckpt.safetensors" if checkpoints else None
-        sae, curves[position] = train_sae(batches, recipe.train, checkpoint=checkpoint, progress=report)
+        saes[position], curves[position] = train_sae(
+            batches, recipe.train, checkpoint=checkpoint, progress=report
+        )
+    seen = {"tokens_seen": recipe.train.steps * recipe.train.batch}
+    complete_dictionary(
+        path,
+        host,
+        store,
+        saes,
+        source,
+        pairs,
+        recipe,
+        training=asdict(recipe) | seen,
+        title=title,
+        creator=creator,
+        licence=licence,
+        progress=progress,
+    )
+    return curves
+
+
+def complete_dictionary(
+    path: Path,
+    host: Host,
+    store: ActivationStore,
+    saes: dict[str, SAE],
+    source: str,
+    pairs: Sequence[PromptPair],
+    recipe: Recipe,
+    *,
+    training: dict[str, Any],
+    title: str,
+    creator: str,
+    licence: dict[str, str],
+    progress: Progress | None = None,
+) -> None:
+    """From SAEs by position, trained here or elsewhere, to a dictionary: chooses the source
+    domain's harmful features, adapts the decoder to its safe rewrites, calibrates the gate on
+    `pairs` and writes `path`. `training` says on the card where the SAEs come from."""
+    ordered: dict[str, SAE] = {}
+    infos: dict[str, PositionInfo] = {}
+    domain = Domain({}, {}, None)
+    adapters: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+    for position, sae in saes.items():
         features, weights = choose_features(store, position, sae, source, recipe)
         rest = sorted(set(range(sae.features)) - set(features))
         sae = sae.rows(torch.tensor(features + rest))  # harmful features first
@@ -191,7 +233,7 @@ def build_dictionary(
         measured["loss_recovered"] = loss_recovered(host, store, position, sae, held_out)
         infos[position] = PositionInfo(len(features), measured)
         index = list(range(len(features)))
-        saes[position] = sae
+        ordered[position] = sae
         domain.features[position], domain.weights[position] = index, weights
         delta = fit_adapter(store, position, sae.rows(slice(0, len(index))), source, source, recipe)
         adapters[position, source] = (torch.tensor(index, dtype=torch.int64), delta)
@@ -199,17 +241,16 @@ def build_dictionary(
         store.architecture,
         positions=infos,
         domains={source: domain},
-        plan=_plan(positions, source, recipe),
-        training=asdict(recipe) | {"source": source, "tokens_seen": recipe.train.steps * recipe.train.batch},
+        plan=_plan(list(saes), source, recipe),
+        training=training | {"source": source},
         licence=licence,
         creator=creator,
         title=title,
         source_sha256=store.settings.prompts_sha256,
     )
-    save_dictionary(path, card, saes, adapters)  # ungated, so that the gate can be measured
+    save_dictionary(path, card, ordered, adapters)  # ungated, so that the gate can be measured
     card.domains[source] = calibrate(host, Dictionary.open(path), source, pairs, recipe, progress)
-    save_dictionary(path, card, saes, adapters)
-    return curves
+    save_dictionary(path, card, ordered, adapters)
 
 
 def build_adapter(

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 from . import __version__
 from .activations import ActivationStore, ActivationWriter, StoreSettings
-from .build import Recipe, build_adapter, build_dictionary
+from .build import Recipe, build_adapter, build_dictionary, complete_dictionary
 from .capture import capture
 from .dictionary import Card, Dictionary, check
+from .foreign import export_saelens, import_saes, save_imported
 from .hosts import Host
+from .positions import Architecture
 from .prompts import PromptPair, read_prompts
 from .routing import Route, chosen, route
 
@@ -164,6 +166,57 @@ def run_adapt(o: argparse.Namespace, progress: Progress) -> dict:
     return {"adapter": str(o.out), "base_sha256": dictionary.sha256}
 
 
+def run_import(o: argparse.Namespace, progress: Progress) -> dict:
+    store = ActivationStore(o.store) if o.store else None
+    if store is not None:
+        architecture = store.architecture
+    elif o.like is not None:
+        architecture = Dictionary.open(o.like).card.architecture
+    elif o.architecture is not None:
+        architecture = architecture_of(o.architecture)
+    else:
+        architecture = load_host(o.model).architecture
+    saes, origins = import_saes({position: Path(folder) for position, folder in o.sae}, architecture, store)
+    card = {
+        "title": o.title or f"imported from {', '.join(sorted({e['library'] for e in origins.values()}))}",
+        "creator": o.creator,
+        "licence": {"data": o.data_licence, "weights": o.weights_licence},
+    }
+    if o.source is None:
+        save_imported(o.out, saes, origins, architecture, store, **card)
+    elif store is None or o.tune is None:
+        raise ValueError("--source needs --store, whose pairs choose its features, and --tune")
+    else:
+        host, pairs, recipe = load_host(o.model), read_prompts(o.tune), recipe_of(o)
+        training = asdict(recipe) | {"imported": origins}
+        del training["train"]  # what trained it is not known
+        complete_dictionary(
+            o.out, host, store, saes, o.source, pairs, recipe, training=training, progress=progress, **card
+        )
+    print(card_text(Dictionary.open(o.out).card))
+    for position, origin in origins.items():
+        if "approximation" in origin:
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in origin["approximation"].items())
+            print(f"  {position}: one threshold in place of the k largest features of a token: {figures}")
+    return {"dictionary": str(o.out), "imported": origins}
+
+
+def run_export(o: argparse.Namespace, progress: Progress) -> dict:
+    export_saelens(Dictionary.open(o.dictionary), o.position, o.out)
+    print(f"{o.out}: {o.position} as an SAE of SAELens (jumprelu)")
+    return {"folder": str(o.out), "position": o.position}
+
+
+def architecture_of(text: str) -> Architecture:
+    """FAMILY,BLOCKS,BLOCKS,WIDTH,TEXT_WIDTH, as in flux,19,38,3072,4096."""
+    family, *counts = text.split(",")
+    if len(counts) != 4 or not all(count.isdecimal() for count in counts):
+        raise ValueError(f"'{text:.60}' is no architecture: expected five parts, as in flux,19,38,3072,4096")
+    first, second, width, text_width = map(int, counts)
+    found = {"family": family, "blocks": [first, second], "width": width, "text_width": text_width}
+    return Architecture.from_json(found)
+
+
 def recipe_of(o: argparse.Namespace) -> Recipe:
     changed = {name: getattr(o, name) for name in ("blend", "repel") if getattr(o, name) is not None}
     if o.window is not None:
@@ -270,9 +323,9 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--prompts", type=Path, help="evaluation set, in place of the shipped one")
         sub.add_argument("--images-per-prompt", type=int, default=1)
 
-    def recipe(sub: argparse.ArgumentParser) -> None:
+    def recipe(sub: argparse.ArgumentParser, required: bool = True) -> None:
         sub.add_argument(
-            "--tune", type=Path, required=True, help="prompts to calibrate on, kept out of --store"
+            "--tune", type=Path, required=required, help="prompts to calibrate on, kept out of --store"
         )
         sub.add_argument("--blend", type=float)
         sub.add_argument("--repel", type=float)
@@ -321,6 +374,31 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--domain", required=True)
     sub.add_argument("--source", required=True, help="the domain to replay")
     recipe(sub)
+
+    sub = command("import", run_import, "a dictionary from SAEs of SAELens, sparsify or dictionary_learning")
+    model(sub)
+    sub.add_argument(
+        "--sae",
+        nargs=2,
+        action="append",
+        required=True,
+        metavar=("POSITION", "FOLDER"),
+        help="an SAE and the position it belongs to; repeat for more",
+    )
+    sub.add_argument("--store", type=Path, help="activations of the same positions, to measure and choose by")
+    sub.add_argument("--source", help="with --store and --tune: choose features for this domain, adapt, gate")
+    sub.add_argument("--like", type=Path, help="a dictionary for the same model, in place of --model")
+    sub.add_argument(
+        "--architecture",
+        metavar="FAMILY,BLOCKS,BLOCKS,WIDTH,TEXT_WIDTH",
+        help="in place of --model: flux,19,38,3072,4096 is FLUX.1",
+    )
+    recipe(sub, required=False)
+
+    sub = command("export", run_export, "write one position of a dictionary as an SAE of SAELens")
+    sub.add_argument("--dictionary", type=Path, required=True)
+    sub.add_argument("--position", required=True)
+    sub.add_argument("--out", type=Path, required=True, help="folder")
 
     sub = command("evaluate", run_evaluate, "measure a dictionary against the unsteered model")
     evaluation(sub)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from safedig_core.cli import main
+from safedig_core.dictionary import Dictionary
 from safedig_core.pocket.study import shipped
 from safedig_core.prompts import write_prompts
 
@@ -126,9 +127,45 @@ def test_route_evaluate_inspect_and_check(
     assert "domain weapons" in capsys.readouterr().out
 
 
+def test_exported_and_imported_again_it_is_the_same_dictionary(
+    chain: Path, prompts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saes = []
+    for position in ("text", "double.1.img"):
+        export = ["export", "--dictionary", str(chain / "w.safetensors"), "--position", position]
+        assert main([*export, "--out", str(tmp_path / position)]) == 0
+        saes += ["--sae", position, str(tmp_path / position)]
+    out = ["--out", str(tmp_path / "i.safetensors"), "--title", "Imported"]
+    completed = ["--store", str(chain / "store"), "--source", "weapons", "--tune", prompts["tune"]]
+    assert main(["import", *saes, *completed, *out]) == 0
+    ours, theirs = (Dictionary.open(p).card for p in (chain / "w.safetensors", tmp_path / "i.safetensors"))
+    assert theirs.title == "Imported"
+    assert theirs.plan == ours.plan
+    assert theirs.domains["weapons"].features == ours.domains["weapons"].features
+    for position, info in ours.positions.items():
+        assert theirs.positions[position].quality == pytest.approx(info.quality, rel=1e-2)
+        assert theirs.training["imported"][position]["library"] == "SAELens"
+    assert theirs.domains["weapons"].gate is not None
+    capsys.readouterr()
+    bare = ["--like", str(chain / "w.safetensors"), "--out", str(tmp_path / "b.safetensors")]
+    assert main(["import", *saes, *bare]) == 0
+    assert not Dictionary.open(tmp_path / "b.safetensors").card.domains
+    assert "imported from SAELens" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("command", "complaint"),
     [
+        (
+            ["import", "--sae", "text", "no", "--out", "d", "--architecture", "flux,1,1,8,8"],
+            "no: there is no SAE",
+        ),
+        (["import", "--sae", "joint.0.img", "no", "--out", "d"], "has no position 'joint.0.img'"),
+        (["import", "--sae", "text", "no", "--out", "d", "--architecture", "flux,1"], "'flux,1' is no"),
+        (
+            ["import", "--sae", "text", "no", "--out", "d", "--like", "no.safetensors"],
+            "no.safetensors: there is no such file",
+        ),
         (["check", "missing.safetensors"], "missing.safetensors: there is no such file"),
         (["route", "--store", "nowhere", "--source", "a", "--target", "b"], "nowhere"),
         (["capture", "--prompts", "no.jsonl", "--store", "s"], "no.jsonl"),
