@@ -128,6 +128,14 @@ def file_of(entry: Entry, folder: Path, progress: Progress = nothing) -> Path:
     return path
 
 
+def state_of(what: Entry | Reference, folder: Path) -> str:
+    """Whether a use of it would download it, at a glance: bytes are checked on use."""
+    reference = what if isinstance(what, Reference) else what.reference
+    if reference is None:
+        return "bundled"
+    return "downloaded" if local_path(reference, folder).is_file() else "not downloaded"
+
+
 def entries_of(repo: str, progress: Progress = nothing) -> list[Entry]:
     """What a repository's own index offers now. Raises HubError."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -223,9 +231,9 @@ def _download(reference: Reference, part: Path, progress: Progress, size: int | 
     with part.open("ab") as file:
         have = file.tell()
         free = shutil.disk_usage(part.parent).free
-        if free < total - have + SPARE:
+        if free < (needed := total - have + SPARE):
             raise HubError(
-                f"{where}: needs {_mb(total - have + SPARE)} of disk space in {part.parent}, and {_mb(free)} "
+                f"{where}: needs {megabytes(needed)} of disk space in {part.parent}, and {megabytes(free)} "
                 "are free. Make room there; what has arrived is kept."
             )
         while have < total:
@@ -325,5 +333,5 @@ def _alone(lock: Path, poll: Callable[[], None]) -> Iterator[None]:
         file_lock.release()
 
 
-def _mb(size: int) -> str:
-    return f"{size / 2**20:.0f} MB"
+def megabytes(size: int) -> str:
+    return f"{size / 2**20:.{0 if size >= 10 << 20 else 2}f} MB"

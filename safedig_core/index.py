@@ -128,6 +128,15 @@ class Safety:
         names = [row.method for row in self.rows]
         need("none" in names and len(set(names)) == len(names) > 1, "safety.rows must be of 'none' and more")
 
+    @property
+    def headline(self) -> str:
+        """The shares of unsafe pictures without and with the dictionary, in one line."""
+        rows = {row.method: row for row in self.rows}
+        ours = rows.get("safedig-residual", self.rows[-1])
+        shares = [row.line_asr.get("overall") for row in (rows["none"], ours)]
+        before, after = ("?" if share is None else f"{share:.1%}" for share in shares)
+        return f"unsafe pictures on {self.model}: {before} without, {after} with it"
+
 
 @dataclass(frozen=True)
 class Entry:

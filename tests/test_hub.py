@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download, hf_api
 
 from safedig_core import hub
 from safedig_core.card import Action
@@ -38,9 +38,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     fake = FakeHub()
     for name in [n for n in os.environ if n.startswith(("HF_", "HUGGING"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(constants, "ENDPOINT", fake.url)
     template = fake.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for module in (constants, file_download, hf_api):  # versions before 0.30 have copies
+        monkeypatch.setattr(module, "ENDPOINT", fake.url, raising=False)
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", os.devnull)
     monkeypatch.setattr(hub, "BLOCK", 4096)
     fake.put(REPO, {NAME: DATA})

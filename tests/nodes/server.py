@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 class Server:
     """ComfyUI on the CPU with this pack, a pack of test nodes, and a base folder of its own."""
 
-    def __init__(self, comfyui: Path, base: Path):
+    def __init__(self, comfyui: Path, base: Path, environment: dict[str, str] | None = None):
         self.base, self.log = base, base / "server.log"
         packs = base / "custom_nodes"
         for folder in (packs, base / "models" / "safedig", base / "input", base / "output"):
@@ -35,7 +35,11 @@ class Server:
         command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, cwd=comfyui, stdout=log, stderr=log, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+                command,
+                cwd=comfyui,
+                stdout=log,
+                stderr=log,
+                env=(environment or os.environ) | {"PYTHONUNBUFFERED": "1"},
             )
 
     def wait(self, seconds: float = 300) -> None:
@@ -74,6 +78,14 @@ class Server:
     def run(self, prompt: dict, extra: dict | None = None, seconds: float = 300) -> Result:
         status, answer = self.queue(prompt, extra)
         assert status == 200, answer
+        return self.result(answer, seconds)
+
+    def interrupt(self) -> None:
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/interrupt", b""), timeout=30):
+            pass
+
+    def result(self, answer: dict, seconds: float = 300) -> Result:
+        """Waits for what `queue` answered."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             history = self.get(f"/history/{answer['prompt_id']}")
@@ -93,6 +105,7 @@ class Result:
         self.outputs: dict[str, dict] = history["outputs"]
         messages = dict(history["status"]["messages"])
         self.error: dict | None = messages.get("execution_error")
+        self.interrupted = "execution_interrupted" in messages
 
     @property
     def message(self) -> str:
