@@ -108,7 +108,7 @@ def locate(
     """
     if text.startswith("safedig:"):
         return fetch(Reference.parse(text), folder or cache(), progress)
-    if Path(text).suffix:
+    if Path(text).suffix or Path(text).exists():
         return Path(text)
     entries, faults = catalogue(indexes)
     if text in entries:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -279,4 +279,7 @@ def read_safety(path: PathLike) -> Safety:
     """The safety card from the results that `evaluate` and `demo` write. Raises IndexFileError."""
     with blame(IndexFileError, path, "Give a results.json that `python -m safedig_core evaluate` wrote."):
         results = parse_object(Path(path).read_text(encoding="utf-8"), "the results")
-        return build(Safety, {name: results.get(name) for name in ("model", "seed", "rows")}, "results")
+        known = {f.name for f in fields(Row)}
+        rows = [{k: v for k, v in row.items() if k in known} for row in results.get("rows") or ()]
+        safety = {name: results.get(name) for name in ("model", "seed")} | {"rows": rows}
+        return build(Safety, safety, "results")

@@ -19,6 +19,7 @@ from huggingface_hub import constants, file_download, hf_api
 
 from safedig_core import hub
 from safedig_core.card import Action
+from safedig_core.cli import main
 from safedig_core.dictionary import save_dictionary
 from safedig_core.hub import HubError, fetch, local_path
 from safedig_core.index import Entry, Location, Reference, index_text, parse_index, read_safety
@@ -450,3 +451,42 @@ def test_ids_stand_for_what_the_index_says(server: FakeHub, tmp_path: Path) -> N
 def test_huggingface_hub_is_imported_on_use_only() -> None:
     code = "import sys, safedig_core.hub; sys.exit('huggingface_hub' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_commands(
+    server: FakeHub, dictionary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def run(*arguments: str | Path) -> str:
+        assert main([str(a) for a in arguments]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    server.token = "hf_secret"
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps(test_index.SAFETY))
+    given = ["publish", dictionary, "--repo", "me/tiny", "--evaluation", results]
+    shown = run(*given)
+    assert "Nothing was uploaded" in shown and not server.requests
+    assert f"tiny.safetensors: {dictionary.stat().st_size} bytes, SHA-256 " in shown
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    done = run(*given, "--upload", "--json", tmp_path / "done.json")
+    reference = json.loads((tmp_path / "done.json").read_text())["reference"]
+    assert reference in done and "hf_secret" not in done + (tmp_path / "done.json").read_text()
+    for name in ("README.md", "safedig_index.json"):  # what was shown is what was uploaded
+        text = server.commits["me/tiny"][-1][1][name].decode()
+        assert (
+            text.replace(Reference.parse(reference).where.revision, "<commit of the upload>").rstrip()
+            in shown
+        )
+
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    assert reference in (pulled := run("pull", "me/tiny", "--out", tmp_path / "folder"))
+    path = tmp_path / "folder" / f"tiny.{Reference.parse(reference).sha256[:16]}.safetensors"
+    assert str(path) in pulled and path.read_bytes() == dictionary.read_bytes()
+    for command in ("pull", "check", "inspect"):
+        assert str(tmp_path / "home" / "safedig" / path.name) in run(command, reference)
+    further = tmp_path / "further.json"
+    further.write_bytes(server.commits["me/tiny"][-1][1]["safedig_index.json"])
+    lines = run("pull", "--index", further, "--out", tmp_path / "elsewhere").splitlines()
+    assert [line.split()[:2] for line in lines if line.startswith("tiny ")] == [["tiny", "not"]]
+    assert main(["check", "nonsense"]) == 1 and "neither a file nor in the index" in capsys.readouterr().err
