@@ -24,7 +24,6 @@ from typing import TypeVar
 
 from . import __version__
 from .card import Card
-from .dictionary import check
 from .files import blame, need, sha256_of
 from .index import (
     MAX_BYTES,
@@ -161,6 +160,8 @@ def prepare(
     path: Path, repo: str, name: str, *, base: str = "", safety: Safety | None = None
 ) -> tuple[Card, Entry]:
     """Checks all that `upload` needs, without the network. The entry's commit is UNKNOWN."""
+    from .dictionary import check  # torch, which downloads can do without
+
     with blame(HubError, path, "Nothing was uploaded."):
         card = check(path)
         need(card.licence["weights"], "it states no licence for its weights, so nobody may use it")

@@ -185,6 +185,14 @@ class Entry:
         if self.base and (not ID.fullmatch(self.base) or self.base == self.id):
             yield f"has the base '{self.base:.80}', which is not another entry's id"
 
+    @classmethod
+    def from_json(cls, value: Any) -> Entry:
+        """Raises ValueError; what an entry doesn't have is left out, not empty."""
+        if type(value) is dict:
+            for name in ("file", "hub", "base", "safety"):
+                need(value.get(name, ...) not in ("", None), f"an entry has an empty '{name}'")
+        return build(cls, value, "entry")
+
     @property
     def reference(self) -> Reference | None:
         return None if self.hub is None else Reference(self.hub, self.sha256)

@@ -22,6 +22,7 @@ class FakeHub:
         self.commits: dict[str, list[tuple[str, dict[str, bytes]]]] = {}  # by repository, oldest first
         self.refused: dict[str, tuple[int, dict[str, str]]] = {}  # repository -> status and headers
         self.requests: list[tuple[str, str, dict[str, str]]] = []  # method, path, headers
+        self.said_commit = ""  # in place of the true one
         self.token = ""  # without it, uploads are refused
         self.store: Callable[[Handler, bytes], None] = Handler.send_range
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -124,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(
             302,
             Location=f"http://localhost:{self.hub.port}/store/{repo}/{revision}/{name}",
-            X_Repo_Commit=revision,
+            X_Repo_Commit=self.hub.said_commit or revision,
             X_Linked_Size=str(len(data)),
             X_Linked_Etag=f'"{hashlib.sha256(data).hexdigest()}"',
         )

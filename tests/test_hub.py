@@ -269,6 +269,19 @@ def test_the_index_is_held_to_its_size(server: FakeHub, tmp_path: Path) -> None:
     assert not server.ranges()
 
 
+def test_another_commit_or_an_absurd_size_is_refused(
+    server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.said_commit = "1" * 40
+    with pytest.raises(HubError, match="answers with another commit"):
+        fetch(reference(server), tmp_path)
+    server.said_commit = ""
+    monkeypatch.setattr(hub, "MAX_SIZE", len(DATA) - 1)
+    with pytest.raises(HubError, match="says that it has 10000 bytes"):
+        fetch(reference(server), tmp_path)
+    assert not server.ranges() and not left(tmp_path)
+
+
 def test_too_little_room_is_noticed_before(
     server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -417,6 +430,9 @@ def test_publishing_needs_a_token(server: FakeHub, dictionary: Path) -> None:
     assert "me/tiny" not in server.commits
 
 
+BUNDLED = {k: v for k, v in test_index.ENTRY.items() if k != "hub"} | {"file": "tiny.safetensors"}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -424,9 +440,10 @@ def test_publishing_needs_a_token(server: FakeHub, dictionary: Path) -> None:
         (b"[" * 100_000, "recursion|nested"),
         (b"\xff\xfe", "utf-8"),
         (b" " * (5 << 20), "5242880 bytes"),
+        (json.dumps(test_index.INDEX | {"entries": [BUNDLED]}).encode(), "not on the Hub"),
         (None, "no such file"),
     ],
-    ids=["cut", "deep", "binary", "large", "missing"],
+    ids=["cut", "deep", "binary", "large", "bundled", "missing"],
 )
 def test_a_repositorys_index_is_not_trusted(server: FakeHub, content: bytes | None, message: str) -> None:
     hub.BLOCK = 1 << 30
@@ -490,3 +507,12 @@ def test_the_commands(
     lines = run("pull", "--index", further, "--out", tmp_path / "elsewhere").splitlines()
     assert [line.split()[:2] for line in lines if line.startswith("tiny ")] == [["tiny", "not"]]
     assert main(["check", "nonsense"]) == 1 and "neither a file nor in the index" in capsys.readouterr().err
+
+
+def test_a_repository_with_several_is_pulled_by_reference(
+    server: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.put("some-one/many", {"safedig_index.json": json.dumps(test_index.INDEX).encode()})
+    assert main(["pull", "some-one/many", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "offers 2 dictionaries" in said and said.count("safedig://some.one/tiny-weapons@") == 2

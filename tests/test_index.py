@@ -88,6 +88,7 @@ E = ("entries", 0)
         ((*E, "safety", "rows", 1, "time_ratio"), "1"),
         ((*E, "safety", "rows", 1, "line_asr_interval"), {"weapons": [0.1]}),
         ((*E, "safety", "seed"), ...), ((*E, "token"), "hf_secret"),
+        ((*E, "safety"), None), ((*E, "base"), ""), ((*E, "file"), ""),
     ],
     ids=str,
 )  # fmt: skip
