@@ -172,8 +172,9 @@ def test_damage_is_an_error_that_names_the_file(
     ],
 )  # fmt: skip
 def test_what_is_not_a_full_reference_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is not"):
+    with pytest.raises(ValueError, match="is not") as raised:
         Reference.parse(text)
+    assert "hf_secret" not in str(raised.value)
 
 
 def test_references_survive_as_text() -> None:
