@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,19 +76,25 @@ class Server:
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
 
-    def run(self, prompt: dict, extra: dict | None = None, seconds: float = 300) -> Result:
+    def interrupt(self) -> None:
+        request = urllib.request.Request(self.url + "/interrupt", b"{}", {"Content-Type": "application/json"})
+        urllib.request.urlopen(request, timeout=30).close()
+
+    def run(
+        self,
+        prompt: dict,
+        extra: dict | None = None,
+        seconds: float = 300,
+        interrupt_when: Callable[[], bool] | None = None,
+    ) -> Result:
+        """Queues a prompt and waits for its end; interrupts it once, as soon as `interrupt_when` says so."""
         status, answer = self.queue(prompt, extra)
         assert status == 200, answer
-        return self.result(answer, seconds)
-
-    def interrupt(self) -> None:
-        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/interrupt", b""), timeout=30):
-            pass
-
-    def result(self, answer: dict, seconds: float = 300) -> Result:
-        """Waits for what `queue` answered."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
+            if interrupt_when is not None and interrupt_when():
+                self.interrupt()
+                interrupt_when = None
             history = self.get(f"/history/{answer['prompt_id']}")
             if history:
                 return Result(history[answer["prompt_id"]])
