@@ -320,11 +320,12 @@ def test_of_two_processes_one_downloads(server: FakeHub, tmp_path: Path) -> None
     threads = [threading.Thread(target=listen, args=(i,)) for i in range(2)]
     for thread in threads:
         thread.start()
-    assert waiting.acquire(timeout=60)
+    one_waits = waiting.acquire(timeout=60)
     both.set()
     for thread, child in zip(threads, children, strict=True):
         thread.join(60)
         assert child.wait(60) == 0
+    assert one_waits
     path = local_path(reference(server), tmp_path)
     assert [lines[-1] for lines in said] == [str(path)] * 2
     assert len(server.ranges()) == 3 and left(tmp_path) == {path.name: DATA}
