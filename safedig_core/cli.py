@@ -15,9 +15,11 @@ from . import __version__
 from .activations import ActivationStore, ActivationWriter, StoreSettings
 from .build import Recipe, build_adapter, build_dictionary, complete_dictionary
 from .capture import capture
+from .cli_hub import add_commands
 from .dictionary import Card, Dictionary, check
 from .foreign import export_saelens, import_saes, save_imported
 from .hosts import Host
+from .hub import locate
 from .positions import Architecture
 from .prompts import PromptPair, read_prompts
 from .routing import Route, chosen, route
@@ -258,16 +260,18 @@ def card_text(card: Card) -> str:
 
 
 def run_inspect(o: argparse.Namespace, progress: Progress) -> dict:
-    dictionary = Dictionary.open(o.file)
-    print(f"{o.file}  SHA-256 {dictionary.sha256}")
+    path = locate(o.file, progress=progress)
+    dictionary = Dictionary.open(path)
+    print(f"{path}  SHA-256 {dictionary.sha256}")
     print(card_text(dictionary.card))
-    return {"file": str(o.file), "sha256": dictionary.sha256, "card": dictionary.card.to_json()}
+    return {"file": str(path), "sha256": dictionary.sha256, "card": dictionary.card.to_json()}
 
 
 def run_check(o: argparse.Namespace, progress: Progress) -> dict:
-    card = check(o.file)
-    print(f"{o.file}: every tensor and the whole card are well-formed ({card.kind})")
-    return {"file": str(o.file), "kind": card.kind}
+    path = locate(o.file, progress=progress)
+    card = check(path)
+    print(f"{path}: every tensor and the whole card are well-formed ({card.kind})")
+    return {"file": str(path), "kind": card.kind}
 
 
 def run_evaluate(o: argparse.Namespace, progress: Progress) -> dict:
@@ -410,7 +414,8 @@ def parser() -> argparse.ArgumentParser:
         ("inspect", run_inspect, "show a dictionary's card"),
         ("check", run_check, "check a file to its last number"),
     ):
-        command(name, run, text).add_argument("file", type=Path)
+        command(name, run, text).add_argument("file", help="or an id of the index, or safedig://...")
+    add_commands(command)
     return top
 
 

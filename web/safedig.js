@@ -60,46 +60,92 @@ function onConnections(node, then) {
   };
 }
 
-async function fetchCard(name) {
-  const answer = await api.fetchApi(`/safedig/card?dictionary=${encodeURIComponent(name)}`);
+/** What a loader is set to; `reference`, where it is filled in, decides. */
+const sourceOf = (node) => ({
+  dictionary: widgetOf(node, "dictionary")?.value ?? "",
+  reference: widgetOf(node, "reference")?.value ?? "",
+});
+
+async function fetchCard(source) {
+  const answer = await api.fetchApi(`/safedig/card?${new URLSearchParams(source)}`);
   return answer.json();
 }
 
+const megabytes = (size) => (size === null ? "" : `${(size / 2 ** 20).toFixed(size < 10 * 2 ** 20 ? 2 : 0)} MB`);
+
+/** All dictionaries with size and state, to choose from. Asks only when it is opened. */
+function addList(view, choose) {
+  const list = element("details");
+  list.append(element("summary", "faint", "all dictionaries"));
+  list.addEventListener("toggle", async () => {
+    if (!list.open) return;
+    const lines = await (await api.fetchApi("/safedig/list")).json();
+    list.replaceChildren(list.firstChild);
+    for (const line of lines) {
+      const about = [line.title, line.state, megabytes(line.size)].filter(Boolean).join(", ");
+      const button = element("button", "", line.name);
+      button.onclick = () => choose(line);
+      const row = element("div", "row");
+      row.append(button, element("span", "faint", about));
+      list.append(row);
+    }
+  });
+  view.append(list);
+}
+
 function showCard(node) {
-  const view = addView(node, "card", 96);
+  const view = addView(node, "card", 120);
   const choice = widgetOf(node, "dictionary");
-  const draw = async () => {
-    if (node.getInputNode(node.findInputSlot("base"))) {
-      view.replaceChildren(element("div", "faint", "An adapter: adds a risk domain to its base."));
-      return;
-    }
-    const name = choice.value;
-    const card = await fetchCard(name);
-    if (name !== choice.value) return; // another one was chosen meanwhile
-    view.replaceChildren();
-    if (card.error) {
-      view.append(element("div", "fault", card.error));
-      return;
-    }
-    view.append(element("div", "title", card.title || name));
-    view.append(element("div", "faint", `for a ${card.model}`));
-    view.append(element("div", "", `risks: ${card.domains.join(", ") || "none"}`));
-    const plan = card.plan.map(([position, operator, strength]) => `${operator} ${strength} at ${position}`);
-    view.append(element("div", "", `plan: ${plan.join("; ") || "none"}`));
-    const origin = [card.creator, card.licence].filter(Boolean).join(", ");
-    if (origin) view.append(element("div", "faint", origin));
+  const reference = widgetOf(node, "reference");
+  const add = (className, text) => text && view.append(element("div", className, text));
+
+  // A choice from the Hub fills in its reference, so that the workflow also runs where no index has it.
+  const choose = (line) => {
+    choice.value = line.name;
+    if (reference) reference.value = line.reference;
+    draw();
   };
-  onChange(choice, draw);
+
+  const draw = async () => {
+    const source = sourceOf(node);
+    const card = await fetchCard(source);
+    if (JSON.stringify(source) !== JSON.stringify(sourceOf(node))) return; // changed meanwhile
+    view.replaceChildren();
+    if (node.getInputNode(node.findInputSlot("base"))) {
+      add("faint", "An adapter: adds a risk domain to its base.");
+    } else if (card.error) {
+      add("fault", card.error);
+    }
+    if (!card.error) {
+      add("title", card.title || source.dictionary);
+      add("faint", [card.state, megabytes(card.size)].filter(Boolean).join(", "));
+      add("faint", card.model && `for a ${card.model}`);
+      add("", card.domains && `risks: ${card.domains.join(", ") || "none"}`);
+      add("", card.base && `adapter: connect ${card.base} to its base`);
+      const plan = card.plan?.map(([position, operator, strength]) => `${operator} ${strength} at ${position}`);
+      add("", plan && `plan: ${plan.join("; ") || "none"}`);
+      add("faint", card.measured);
+      add("faint", [card.creator, card.licence].filter(Boolean).join(", "));
+    }
+    addList(view, choose);
+  };
+  onChange(choice, async () => {
+    if (reference) reference.value = "";
+    const card = await fetchCard(sourceOf(node));
+    if (reference && !card.error) reference.value = card.reference;
+    draw();
+  });
+  if (reference) onChange(reference, draw);
   onConnections(node, draw);
   setTimeout(draw); // after a workflow has set the widget's value
 }
 
-/** The name of the dictionary that a node's input comes from, through adapters to their base. */
+/** The dictionary that a node's input comes from, through adapters to their base. */
 function dictionaryOf(node) {
   let source = node.getInputNode?.(node.findInputSlot("dictionary"));
   while (source?.comfyClass === "SafeDIGLoadDictionary") {
     const base = source.getInputNode(source.findInputSlot("base"));
-    if (!base) return widgetOf(source, "dictionary")?.value;
+    if (!base) return sourceOf(source);
     source = base;
   }
   return undefined;
@@ -138,6 +184,10 @@ function showMap(node) {
       view.append(element("div", "fault", card.error));
       return;
     }
+    if (!card.all_positions) {
+      view.append(element("div", "faint", "Its positions show once it is downloaded: run the workflow."));
+      return;
+    }
     const on = chosen();
     const rows = new Map();
     for (const name of card.all_positions) {
@@ -163,8 +213,8 @@ function showMap(node) {
   };
 
   const load = async () => {
-    const name = dictionaryOf(node);
-    card = name === undefined ? undefined : await fetchCard(name);
+    const source = dictionaryOf(node);
+    card = source && (await fetchCard(source));
     draw();
   };
   onChange(select, draw);

@@ -15,6 +15,7 @@ import torch
 
 from safedig_core.dictionary import Action
 from safedig_core.positions import Architecture
+from tests.hub_server import FakeHub
 from tests.nodes import real, standin
 from tests.nodes.server import Server
 from tests.tiny import TINY, write_dictionary
@@ -46,7 +47,15 @@ def comfyui() -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def fake_hub() -> Iterator[FakeHub]:
+    """The Hub of every ComfyUI that is started here."""
+    fake = FakeHub()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: Path, fake_hub: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A running ComfyUI with dictionaries for the tiny models, one of them cut short."""
     base = tmp_path_factory.mktemp("comfyui")
     folder = base / "models" / "safedig"
@@ -57,7 +66,7 @@ def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         write_dictionary(folder / f"{name}.safetensors", plan, architecture=architecture)
     whole = (folder / "flux.safetensors").read_bytes()
     (folder / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    running = Server(comfyui, base)
+    running = Server(comfyui, base, fake_hub.environment())
     try:
         running.wait()
         yield running

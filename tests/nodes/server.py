@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 class Server:
     """ComfyUI on the CPU with this pack, a pack of test nodes, and a base folder of its own."""
 
-    def __init__(self, comfyui: Path, base: Path):
+    def __init__(self, comfyui: Path, base: Path, environment: dict[str, str] | None = None):
         self.base, self.log = base, base / "server.log"
         packs = base / "custom_nodes"
         for folder in (packs, base / "models" / "safedig", base / "input", base / "output"):
@@ -35,7 +36,11 @@ class Server:
         command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, cwd=comfyui, stdout=log, stderr=log, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+                command,
+                cwd=comfyui,
+                stdout=log,
+                stderr=log,
+                env=(environment or os.environ) | {"PYTHONUNBUFFERED": "1"},
             )
 
     def wait(self, seconds: float = 300) -> None:
@@ -71,11 +76,25 @@ class Server:
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
 
-    def run(self, prompt: dict, extra: dict | None = None, seconds: float = 300) -> Result:
+    def interrupt(self) -> None:
+        request = urllib.request.Request(self.url + "/interrupt", b"{}", {"Content-Type": "application/json"})
+        urllib.request.urlopen(request, timeout=30).close()
+
+    def run(
+        self,
+        prompt: dict,
+        extra: dict | None = None,
+        seconds: float = 300,
+        interrupt_when: Callable[[], bool] | None = None,
+    ) -> Result:
+        """Queues a prompt and waits for its end; interrupts it once, as soon as `interrupt_when` says so."""
         status, answer = self.queue(prompt, extra)
         assert status == 200, answer
         end = time.monotonic() + seconds
         while time.monotonic() < end:
+            if interrupt_when is not None and interrupt_when():
+                self.interrupt()
+                interrupt_when = None
             history = self.get(f"/history/{answer['prompt_id']}")
             if history:
                 return Result(history[answer["prompt_id"]])
@@ -93,6 +112,7 @@ class Result:
         self.outputs: dict[str, dict] = history["outputs"]
         messages = dict(history["status"]["messages"])
         self.error: dict | None = messages.get("execution_error")
+        self.interrupted = "execution_interrupted" in messages
 
     @property
     def message(self) -> str:

@@ -109,6 +109,8 @@ def as_prompt(workflow: dict, definitions: dict[str, dict]) -> dict[str, dict]:
                     if name in linked:
                         inputs[name] = links[linked[name]]
                     continue
+                if not values and section == "optional":
+                    continue  # saved before the node had it
                 assert values, f"{kind}: no value for {name}"
                 inputs[name] = value = values.pop(0)
                 _check_value(f"{kind}.{name}", value, form, options, choices if name not in FILES else None)
