@@ -24,6 +24,7 @@ from .dictionary import (
     save_adapter,
     save_dictionary,
 )
+from .distributed import ALONE, Group
 from .hosts import Everywhere, Host
 from .prompts import PromptPair
 from .sae import SAE, quality
@@ -160,9 +161,12 @@ def build_dictionary(
     licence: dict[str, str],
     checkpoints: Path | None = None,
     progress: Progress | None = None,
+    processes: Group = ALONE,
 ) -> dict[str, list[dict[str, float]]]:
     """Trains one SAE per position on the source domain, adapts it to its own safe rewrites,
-    calibrates the gate on `pairs` and writes `path`. Returns the training curves by position."""
+    calibrates the gate on `pairs` and writes `path`. Returns the training curves by position.
+
+    Several `processes` train together; the first does the rest alone, while the others return."""
     training = [
         p for name in (source, "safe") for p in split(store.indices(name))[0]
     ]  # target pairs are never seen here: the encoder belongs to the source domain
@@ -182,7 +186,12 @@ def build_dictionary(
                 progress(what, step, recipe.train.steps)
 
         checkpoint = checkpoints / f"{position}.ckpt.safetensors" if checkpoints else None
-        sae, curves[position] = train_sae(batches, recipe.train, checkpoint=checkpoint, progress=report)
+        saes[position], curves[position] = train_sae(
+            batches, recipe.train, checkpoint=checkpoint, progress=report, group=processes
+        )
+    if processes.rank:
+        return curves
+    for position, sae in saes.items():
         features, weights = choose_features(store, position, sae, source, recipe)
         rest = sorted(set(range(sae.features)) - set(features))
         sae = sae.rows(torch.tensor(features + rest))  # harmful features first

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ from .activations import ActivationStore, ActivationWriter, StoreSettings
 from .build import Recipe, build_adapter, build_dictionary
 from .capture import capture
 from .dictionary import Card, Dictionary, check
+from .distributed import Interrupted, joined
 from .hosts import Host
 from .prompts import PromptPair, read_prompts
 from .routing import Route, chosen, route
@@ -29,7 +32,8 @@ MODELS = ("pocket-flux", "pocket-sd35")
 class Progress:
     """One line on stderr: rewritten on a terminal, a line per tenth elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, shown: bool = True) -> None:
+        self._shown = shown
         self._last = ("", -1)
         self._began = time.monotonic()
 
@@ -37,6 +41,8 @@ class Progress:
         tenth = 10 * done // max(total, 1)
         kind = what.split("  ")[0]
         line = f"[{time.monotonic() - self._began:5.0f} s] {what} {done}/{total}"
+        if not self._shown:
+            return
         if sys.stderr.isatty():
             end = "\n" if done >= total else ""
             print(f"\r\033[K{line}", end=end, file=sys.stderr, flush=True)
@@ -90,8 +96,12 @@ def run_capture(o: argparse.Namespace, progress: Progress) -> dict:
         seed=o.seed,
         pairs_per_shard=o.pairs_per_shard,
     )
-    writer = ActivationWriter.open(o.store, settings)
-    capture(host, writer, lambda done, total: progress("capture", done, total))
+    with o.processes.first_alone():
+        if o.processes.rank and not o.store.exists():
+            raise ValueError(f"{o.store} must be on a disk that all machines share: it is not on this one")
+        writer = ActivationWriter.open(o.store, settings)
+    capture(host, writer, lambda done, total: progress("capture", done, total), o.processes)
+    o.processes.wait()
     size = sum(f.stat().st_size for f in o.store.iterdir())
     print(
         f"{o.store}: {len(settings.prompts)} lines at {len(settings.positions)} positions, "
@@ -139,7 +149,10 @@ def run_train(o: argparse.Namespace, progress: Progress) -> dict:
         licence={"data": o.data_licence, "weights": o.weights_licence},
         checkpoints=o.work,
         progress=progress,
+        processes=o.processes,
     )
+    if o.processes.rank:
+        return {}
     print(card_text(Dictionary.open(o.out).card))
     return {"dictionary": str(o.out), "curves": curves}
 
@@ -338,15 +351,26 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     o = parser().parse_args(arguments)
+    who = o.command
     try:
-        result = o.run(o, Progress())
-        if o.json is not None:
-            o.json.parent.mkdir(parents=True, exist_ok=True)
-            o.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        with joined() as o.processes:
+            first = o.processes.rank == 0
+            if o.processes.size > 1:
+                who = f"{o.command} (process {o.processes.rank} of {o.processes.size})"
+                if o.command not in ("capture", "train"):
+                    raise ValueError("this command is for one process: start it without torchrun")
+            with redirect_stdout(sys.stdout if first else io.StringIO()):
+                result = o.run(o, Progress(shown=first))
+            if o.json is not None and first:
+                o.json.parent.mkdir(parents=True, exist_ok=True)
+                o.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     except (ValueError, OSError) as error:
-        print(f"{o.command}: {error}", file=sys.stderr)
+        print(f"{who}: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        print(f"{who}: stopped: {error}. Start the same command again to go on from here.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\n{o.command}: stopped; the same command goes on from here", file=sys.stderr)
+        print(f"\n{who}: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
