@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -87,14 +88,14 @@ ALONE = Group()
 def joined() -> Iterator[Group]:
     """The group of the processes that torchrun started, each with a GPU of its own where there are any.
 
-    Without torchrun, this process alone. Inside, SIGTERM, by which torchrun ends the processes that a
-    dead one leaves behind, raises Interrupted.
+    Without torchrun, this process alone. SIGTERM, by which torchrun ends the processes that a dead one
+    leaves behind, raises Interrupted. Processes may finish at different times, and end by `leave`.
     """
     cuda = torch.cuda.is_available()
     if not dist.is_torchelastic_launched():
         yield Group(device="cuda" if cuda else "cpu")
         return
-    before = signal.signal(signal.SIGTERM, _ended)
+    signal.signal(signal.SIGTERM, _ended)
     device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
     with _company():
         if cuda:
@@ -105,8 +106,15 @@ def joined() -> Iterator[Group]:
     except Interrupted:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it would cut the message short
         raise
-    dist.destroy_process_group()  # not after an error: it would wait for those that are gone
-    signal.signal(signal.SIGTERM, before)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process: one of torchrun's at once, since gloo's threads can abort an orderly exit."""
+    if dist.is_torchelastic_launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 @contextmanager

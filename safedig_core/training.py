@@ -158,7 +158,7 @@ class Trainee(nn.Module):
             group.sum_(seen)
             self.idle += 1
             self.idle[seen[:-2] > 0] = 0
-            fvu = seen[-2] / (whole - whole.mean(0)).square().sum()
+            fvu = seen[-2] / (whole - whole.mean(0)).square().sum().clamp(min=1e-12)  # a batch of one
         dead = (self.idle > s.dead_after).nonzero().flatten()
         figures = {"fvu": fvu, "l0": seen[-1] / count, "dead": torch.tensor(len(dead) / s.features)}
         if len(dead):  # they learn what the living leave unexplained
