@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def test_batch_topk_is_that_of_the_whole_batch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["batch_topk", "relu_l1"])
 def test_training_together_is_training_alone(kind: str, tmp_path: Path) -> None:
-    chosen = TrainSettings(**vars(SETTINGS) | {"kind": kind})
+    chosen = replace(SETTINGS, kind=kind)
     alone, curve = train_sae(batches, chosen)
     assert curve[-1]["fvu"] < 0.9 * curve[0]["fvu"] and (kind == "relu_l1" or curve[0]["dead"])
     for size in (2, 3):
@@ -129,7 +130,7 @@ def vars_of(sae: Any, curve: list) -> tuple[dict[str, torch.Tensor], list]:
 
 
 def test_resuming_with_another_number_of_processes(tmp_path: Path) -> None:
-    chosen = TrainSettings(**vars(SETTINGS) | {"steps": 300})
+    chosen = replace(SETTINGS, steps=300)
     alone, _ = train_sae(batches, chosen)
     checkpoint = tmp_path / "c.safetensors"
 
