@@ -258,6 +258,30 @@ def run_demo(o: argparse.Namespace, progress: Progress) -> dict:
     )
 
 
+def run_bench(o: argparse.Namespace, progress: Progress) -> dict:
+    from .bench import bench
+
+    result = bench(progress, store=o.store, position=o.position)
+    for r in result["steering"]:
+        what = f"{r['family']:14} {r['operator']:6} {r['form']:9} at {r['positions']} positions"
+        print(f"{what}: {r['time_ratio']:.4f} of the plain forward, naively {r['naive_time_ratio']:.3f}")
+    for f in result["full_size"]:
+        print(
+            f"{f['family']:14} training step {f['training_step_s']:.1f} s, peak {f['peak_mb'] / 1024:.1f} GB"
+        )
+    d, c = result["dictionary"], result["capture"]
+    print(
+        f"dictionary of {d['file_mb']:.0f} MB: open {d['open_s']:.3f} s, {d['resident_mb']:.0f} MB; ", end=""
+    )
+    print(f"loaded whole {d['eager_open_s']:.2f} s, {d['eager_resident_mb']:.0f} MB")
+    print(f"capture: {c['overhead']:.1%} over plain sampling and the disk")
+    for r in result["training"]:
+        print(
+            f"training, {r['library']}: {r['tokens_per_s']:.0f} tokens/s, fvu {r['fvu']:.3f}, l0 {r['l0']:.1f}"
+        )
+    return result
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m safedig_core", description="SafeDIG: steer inside the model."
@@ -340,6 +364,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dictionary", type=Path, required=True)
     sub.add_argument("--adapter", type=Path, nargs="*", default=[])
     sub.add_argument("--out", type=Path, default=Path("out/evaluate"))
+
+    sub = command("bench", run_bench, "what steering, loading and capture cost, as ratios of one run")
+    sub.add_argument("--store", type=Path, help="a captured store, to compare training with SAE libraries on")
+    sub.add_argument("--position", default="double.1.img", help="whose activations to train on")
 
     for name, run, text in (
         ("inspect", run_inspect, "show a dictionary's card"),

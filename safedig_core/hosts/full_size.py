@@ -88,7 +88,7 @@ def build(shape: Shape, config: dict[str, Any], device: str = "cpu") -> nn.Modul
     import diffusers
 
     with torch.device("meta"):
-        transformer = getattr(diffusers, shape.kind)(**config).to(torch.bfloat16)
+        transformer = nn.Module.to(getattr(diffusers, shape.kind)(**config), torch.bfloat16)
     if device == "meta":
         return transformer
     transformer = transformer.to_empty(device=device)
@@ -99,8 +99,8 @@ def build(shape: Shape, config: dict[str, Any], device: str = "cpu") -> nn.Modul
         elif value.ndim == 1:  # of a norm
             value.fill_(1)
         else:  # a megabyte of noise over and over: drawing billions takes longer than using them
-            scale = noise * (value[0].numel() ** -0.5)
-            value.copy_(scale.repeat(math.ceil(value.numel() / len(noise)))[: value.numel()].view_as(value))
+            rows = noise.repeat(math.ceil(value.numel() / len(noise)))[: value.numel()]
+            value.copy_(rows.view_as(value) * value[0].numel() ** -0.5)
     return transformer.eval().requires_grad_(False)
 
 
