@@ -7,12 +7,9 @@ Each section has a process of its own, so that its memory is its own too.
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,14 +17,15 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .activations import ActivationStore, ActivationWriter
 from .capture import capture
 from .dictionary import Action, Card, Dictionary, Domain, Gate, PositionInfo, save_dictionary
 from .evaluation import environment
-from .hosts import Host, Tap
+from .hosts import Host
 from .hosts.full_size import GRID, SHAPES, FullSizeHost
+from .measuring import Kept, TimedHost, Watch, in_own_process, memory_mb
 from .positions import Architecture
 from .prompts import PromptPair
 from .routing import route
@@ -86,60 +84,6 @@ def bench(
         result["training"] = training_rows(ActivationStore(store), position)
     progress("bench", total, total)
     return result | {"environment": environment()}
-
-
-def in_own_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
-
-
-def memory_mb(what: str) -> float:
-    """Of this process: `VmRSS` is what it holds in memory, `VmHWM` the most it ever held. Linux only."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(what):
-            return int(line.split()[1]) / 1024
-    raise OSError(f"/proc/self/status has no {what}")
-
-
-class Watch:
-    """Times calls: `seconds[name]` has one entry for each."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds.setdefault(name, []).append(time.perf_counter() - began)
-
-    def blocks(self, transformer: Any) -> None:
-        """Times the blocks of a transformer of diffusers whenever they run, as `double.0` and the like."""
-        lists = {"joint": "transformer_blocks"}
-        if hasattr(transformer, "single_transformer_blocks"):
-            lists = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
-        for kind, attribute in lists.items():
-            for i, block in enumerate(getattr(transformer, attribute)):
-                self._block(f"{kind}.{i}", block)
-
-    def _block(self, name: str, block: nn.Module) -> None:
-        began: list[float] = []
-        block.register_forward_pre_hook(lambda *_: began.append(time.perf_counter()))
-        block.register_forward_hook(
-            lambda *_: self.seconds.setdefault(name, []).append(time.perf_counter() - began[-1])
-        )
-
-
-class Kept:
-    """A tap around a tap that keeps the first activation of each position."""
-
-    def __init__(self, tap: Tap) -> None:
-        self.tap, self.positions, self.activations = tap, tap.positions, {}
-        self.begin, self.step = tap.begin, tap.step
-
-    def __call__(self, position: str, a: Tensor) -> Tensor:
-        self.activations.setdefault(position, a.clone())
-        return self.tap(position, a)
 
 
 def sites(architecture: Architecture) -> tuple[str, ...]:
@@ -313,37 +257,6 @@ def _opened(path: Path, lazily: bool) -> tuple[float, float]:
     return spent, after - before
 
 
-class TimedHost:
-    """A host that times sampling as `sample`, and of that what the tap took as `tap`."""
-
-    def __init__(self, host: Any, watch: Watch) -> None:
-        self._host, self._watch = host, watch
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._host, name)
-
-    def sample(self, prompts: Any, seeds: Any, tap: Any) -> Tensor:
-        timed = TimedTap(tap)
-        with self._watch("sample"):
-            latents = self._host.sample(prompts, seeds, timed)
-        self._watch.seconds.setdefault("tap", []).append(timed.seconds)
-        return latents
-
-
-class TimedTap:
-    """A tap around a tap: the seconds spent in it."""
-
-    def __init__(self, tap: Tap) -> None:
-        self.tap, self.positions, self.seconds = tap, tap.positions, 0.0
-        self.begin, self.step = tap.begin, tap.step
-
-    def __call__(self, position: str, a: Tensor) -> Tensor:
-        began = time.perf_counter()
-        out = self.tap(position, a)
-        self.seconds += time.perf_counter() - began
-        return out
-
-
 def capture_figures(scale: Scale) -> dict[str, float]:
     """What capture costs beside sampling and the disk, on the pocket model at all positions.
 
@@ -370,3 +283,24 @@ def capture_figures(scale: Scale) -> dict[str, float]:
     plain = spent["sample"] - spent["tap"]
     overhead = (spent["capture"] - spent["disk"]) / plain - 1
     return {"overhead": overhead, "sampling_s": plain, "disk_s": spent["disk"], "images": 2 * scale.pairs}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures for people."""
+    lines = []
+    for r in result["steering"]:
+        what = f"{r['family']:14} {r['operator']:6} {r['form']:9} at {r['positions']} positions"
+        lines.append(f"{what}: {r['time_ratio']:.4f} of plain; naively {r['naive_time_ratio']:.3f}")
+    for f in result["full_size"]:
+        what = f"{f['family']:14} forward {f['forward_s']:.0f} s, training step {f['training_step_s']:.1f} s"
+        lines.append(f"{what}, peak {f['peak_mb'] / 1024:.1f} GB")
+    d, c = result["dictionary"], result["capture"]
+    lines.append(
+        f"dictionary of {d['file_mb']:.0f} MB: opened in {d['open_s']:.3f} s, {d['resident_mb']:.0f} MB; "
+        f"loaded whole in {d['eager_open_s']:.2f} s, {d['eager_resident_mb']:.0f} MB"
+    )
+    lines.append(f"capture: {c['overhead']:.1%} over plain sampling and the disk")
+    for r in result["training"]:
+        speed = f"{r['tokens_per_s']:.0f} tokens/s"
+        lines.append(f"training with {r['library']}: {speed}, fvu {r['fvu']:.3f}, l0 {r['l0']:.1f}")
+    return "\n".join(lines)

@@ -259,26 +259,10 @@ def run_demo(o: argparse.Namespace, progress: Progress) -> dict:
 
 
 def run_bench(o: argparse.Namespace, progress: Progress) -> dict:
-    from .bench import bench
+    from .bench import bench, table
 
     result = bench(progress, store=o.store, position=o.position)
-    for r in result["steering"]:
-        what = f"{r['family']:14} {r['operator']:6} {r['form']:9} at {r['positions']} positions"
-        print(f"{what}: {r['time_ratio']:.4f} of the plain forward, naively {r['naive_time_ratio']:.3f}")
-    for f in result["full_size"]:
-        print(
-            f"{f['family']:14} training step {f['training_step_s']:.1f} s, peak {f['peak_mb'] / 1024:.1f} GB"
-        )
-    d, c = result["dictionary"], result["capture"]
-    print(
-        f"dictionary of {d['file_mb']:.0f} MB: open {d['open_s']:.3f} s, {d['resident_mb']:.0f} MB; ", end=""
-    )
-    print(f"loaded whole {d['eager_open_s']:.2f} s, {d['eager_resident_mb']:.0f} MB")
-    print(f"capture: {c['overhead']:.1%} over plain sampling and the disk")
-    for r in result["training"]:
-        print(
-            f"training, {r['library']}: {r['tokens_per_s']:.0f} tokens/s, fvu {r['fvu']:.3f}, l0 {r['l0']:.1f}"
-        )
+    print(table(result))
     return result
 
 
