@@ -164,6 +164,19 @@ def test_other_commands_are_for_one_process(
     assert "check (process 1 of 2): this command is for one process" in capsys.readouterr().err
 
 
+def test_a_store_that_is_not_shared_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the second machine the first has left nothing."""
+    monkeypatch.setattr(Group, "sum_", lambda self, value: value)
+    monkeypatch.setattr(cli, "joined", lambda: nullcontext(Group(1, 2)))
+    write_prompts(tmp_path / "p.jsonl", shipped("train", ["safe"])[:1])
+    command = ["capture", "--prompts", str(tmp_path / "p.jsonl"), "--store", str(tmp_path / "store")]
+    assert cli.main(command) == 1
+    assert "must be on a disk that all machines share" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
 # torchrun
 
 
