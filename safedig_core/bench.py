@@ -52,19 +52,23 @@ class Scale:
     tokens_kept: int = 256  # per image and step in capture
     features: int = 16_384
     harmful: int = 64
-    dense_tokens: int = 512  # that dense SAEs are timed on; their work is proportional to tokens
-    repeats: int = 5
+    dense_tokens: int = 128  # that dense SAEs are timed on; their work is proportional to tokens
+    repeats: int = 3
     pairs: int = 4  # of the pocket model's prompts, for capture
+
+    def __post_init__(self) -> None:
+        for name in self.families:
+            if name not in SHAPES:
+                raise ValueError(f"unknown family '{name}': expected {', '.join(SHAPES)}")
 
 
 def bench(
     progress: Progress,
-    scale: Scale | None = None,
+    scale: Scale,
     store: Path | None = None,
     position: str = "double.1.img",
 ) -> dict[str, Any]:
     """The whole benchmark. With a captured `store`, also how fast and how well SAEs train on it."""
-    scale = scale or Scale()
     total = len(scale.families) + 3
     result: dict[str, Any] = {"steering": [], "full_size": []}
     for done, family in enumerate(scale.families):

@@ -259,9 +259,10 @@ def run_demo(o: argparse.Namespace, progress: Progress) -> dict:
 
 
 def run_bench(o: argparse.Namespace, progress: Progress) -> dict:
-    from .bench import bench, table
+    from .bench import Scale, bench, table
 
-    result = bench(progress, store=o.store, position=o.position)
+    scale = Scale(families=tuple(o.families)) if o.families else Scale()
+    result = bench(progress, scale, o.store, o.position)
     print(table(result))
     return result
 
@@ -350,6 +351,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, default=Path("out/evaluate"))
 
     sub = command("bench", run_bench, "what steering, loading and capture cost, as ratios of one run")
+    sub.add_argument("--families", type=names, help="flux1-dev, sd3.5-medium, sd3.5-large; default: all")
     sub.add_argument("--store", type=Path, help="a captured store, to compare training with SAE libraries on")
     sub.add_argument("--position", default="double.1.img", help="whose activations to train on")
 

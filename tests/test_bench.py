@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 def test_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench, "in_own_process", lambda work, *arguments: work(*arguments))
-    monkeypatch.setattr(bench, "Scale", lambda: TINY_SCALE)
-    assert cli.main(["bench", "--json", str(tmp_path / "b.json")]) == 0
+    monkeypatch.setattr(bench, "Scale", lambda families: replace(TINY_SCALE, families=families))
+    assert cli.main(["bench", "--families", "sd3.5-medium", "--json", str(tmp_path / "b.json")]) == 0
     found = json.loads((tmp_path / "b.json").read_text())
     assert found.keys() == {"steering", "full_size", "dictionary", "capture", "training", "environment"}
     assert [(r["operator"], r["form"]) for r in found["steering"]] == [
@@ -40,6 +41,11 @@ def test_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert -0.5 < found["capture"]["overhead"] < 5
     assert found["training"] == []
     assert "sd3.5-medium   repel  residual  at 3 positions" in capsys.readouterr().out
+
+
+def test_an_unknown_family_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--families", "flux2"]) == 1
+    assert "unknown family 'flux2': expected flux1-dev, sd3.5-medium, sd3.5-large" in capsys.readouterr().err
 
 
 def test_a_section_has_a_process_and_memory_of_its_own() -> None:
