@@ -25,6 +25,7 @@ from .dictionary import (
     save_adapter,
     save_dictionary,
 )
+from .distributed import ALONE, Group
 from .hosts import Everywhere, Host
 from .prompts import PromptPair
 from .sae import SAE, quality
@@ -162,9 +163,12 @@ def build_dictionary(
     licence: dict[str, str],
     checkpoints: Path | None = None,
     progress: Progress | None = None,
+    processes: Group = ALONE,
 ) -> dict[str, list[dict[str, float]]]:
     """Trains one SAE per position on the source domain and completes them to a dictionary in
-    `path`. Returns the training curves by position."""
+    `path`. Returns the training curves by position.
+
+    Several `processes` train together; the first does the rest alone, while the others return."""
     training = [
         p for name in (source, "safe") for p in split(store.indices(name))[0]
     ]  # target pairs are never seen here: the encoder belongs to the source domain
@@ -182,8 +186,10 @@ def build_dictionary(
 
         checkpoint = checkpoints / f"{position}.ckpt.safetensors" if checkpoints else None
         saes[position], curves[position] = train_sae(
-            batches, recipe.train, checkpoint=checkpoint, progress=report
+            batches, recipe.train, checkpoint=checkpoint, progress=report, group=processes
         )
+    if processes.rank:
+        return curves
     seen = {"tokens_seen": recipe.train.steps * recipe.train.batch}
     complete_dictionary(
         path,

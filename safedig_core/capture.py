@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .activations import ActivationWriter
+from .distributed import ALONE, Group
 from .hosts import Host
 
 
@@ -44,18 +45,25 @@ class Recorder:
         return {position: torch.stack(parts, 1) for position, parts in self._parts.items()}
 
 
-def capture(host: Host, writer: ActivationWriter, progress: Callable[[int, int], None] | None = None) -> None:
+def capture(
+    host: Host,
+    writer: ActivationWriter,
+    progress: Callable[[int, int], None] | None = None,
+    processes: Group = ALONE,
+) -> None:
     """Fills `writer`'s store with what is missing; `progress(done, total)` counts shards.
 
     Both prompts of a pair start from the noise of seed `settings.seed + pair index` and are
-    sampled in one batch, so their activations pair up by step and token.
+    sampled in one batch, so their activations pair up by step and token. Each of several `processes`
+    takes its share of the shards, and `progress` counts those; it returns when its own are written.
     """
     settings = writer.settings
-    missing = writer.missing()
     groups = writer.groups()
+    share = range(processes.rank, len(groups), processes.size)
+    missing = [group for group in writer.missing() if group in share]
     for done, group in enumerate(missing):
         if progress is not None:
-            progress(len(groups) - len(missing) + done, len(groups))
+            progress(len(share) - len(missing) + done, len(share))
         pairs = groups[group]
         sides = 1 if settings.prompts[pairs[0]].unsafe is None else 2
         prompts, seeds = [], []
@@ -78,4 +86,4 @@ def capture(host: Host, writer: ActivationWriter, progress: Callable[[int, int],
             shard[f"{position}/tokens"] = recorder.indices[position][::sides].to(torch.int32)
         writer.write(group, shard)
     if progress is not None:
-        progress(len(groups), len(groups))
+        progress(len(share), len(share))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +19,7 @@ from .build import Recipe, build_adapter, build_dictionary, complete_dictionary
 from .capture import capture
 from .cli_hub import add_commands
 from .dictionary import Card, Dictionary, check
+from .distributed import Interrupted, joined
 from .foreign import export_saelens, import_saes, save_imported
 from .hosts import Host
 from .hub import locate
@@ -33,7 +36,8 @@ MODELS = ("pocket-flux", "pocket-sd35")
 class Progress:
     """One line on stderr: rewritten on a terminal, a line per tenth elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, shown: bool = True) -> None:
+        self._shown = shown
         self._last = ("", -1)
         self._began = time.monotonic()
 
@@ -41,6 +45,8 @@ class Progress:
         tenth = 10 * done // max(total, 1)
         kind = what.split("  ")[0]
         line = f"[{time.monotonic() - self._began:5.0f} s] {what} {done}/{total}"
+        if not self._shown:
+            return
         if sys.stderr.isatty():
             end = "\n" if done >= total else ""
             print(f"\r\033[K{line}", end=end, file=sys.stderr, flush=True)
@@ -94,8 +100,12 @@ def run_capture(o: argparse.Namespace, progress: Progress) -> dict:
         seed=o.seed,
         pairs_per_shard=o.pairs_per_shard,
     )
-    writer = ActivationWriter.open(o.store, settings)
-    capture(host, writer, lambda done, total: progress("capture", done, total))
+    with o.processes.first_alone():
+        if o.processes.rank and not o.store.exists():
+            raise ValueError(f"{o.store} must be on a disk that all machines share: it is not on this one")
+        writer = ActivationWriter.open(o.store, settings)
+    capture(host, writer, lambda done, total: progress("capture", done, total), o.processes)
+    o.processes.wait()
     size = sum(f.stat().st_size for f in o.store.iterdir())
     print(
         f"{o.store}: {len(settings.prompts)} lines at {len(settings.positions)} positions, "
@@ -143,7 +153,10 @@ def run_train(o: argparse.Namespace, progress: Progress) -> dict:
         licence={"data": o.data_licence, "weights": o.weights_licence},
         checkpoints=o.work,
         progress=progress,
+        processes=o.processes,
     )
+    if o.processes.rank:
+        return {}
     print(card_text(Dictionary.open(o.out).card))
     return {"dictionary": str(o.out), "curves": curves}
 
@@ -302,6 +315,15 @@ def run_demo(o: argparse.Namespace, progress: Progress) -> dict:
     )
 
 
+def run_bench(o: argparse.Namespace, progress: Progress) -> dict:
+    from .bench import Scale, bench, table
+
+    scale = Scale(families=tuple(o.families)) if o.families else Scale()
+    result = bench(progress, scale, o.store, o.position)
+    print(table(result))
+    return result
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m safedig_core", description="SafeDIG: steer inside the model."
@@ -410,6 +432,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--adapter", type=Path, nargs="*", default=[])
     sub.add_argument("--out", type=Path, default=Path("out/evaluate"))
 
+    sub = command("bench", run_bench, "what steering, loading and capture cost, as ratios of one run")
+    sub.add_argument("--families", type=names, help="flux1-dev, sd3.5-medium, sd3.5-large; default: all")
+    sub.add_argument("--store", type=Path, help="a captured store, to compare training with SAE libraries on")
+    sub.add_argument("--position", default="double.1.img", help="whose activations to train on")
+
     for name, run, text in (
         ("inspect", run_inspect, "show a dictionary's card"),
         ("check", run_check, "check a file to its last number"),
@@ -421,15 +448,26 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     o = parser().parse_args(arguments)
+    who = o.command
     try:
-        result = o.run(o, Progress())
-        if o.json is not None:
-            o.json.parent.mkdir(parents=True, exist_ok=True)
-            o.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        with joined() as o.processes:
+            first = o.processes.rank == 0
+            if o.processes.size > 1:
+                who = f"{o.command} (process {o.processes.rank} of {o.processes.size})"
+                if o.command not in ("capture", "train"):
+                    raise ValueError("this command is for one process: start it without torchrun")
+            with redirect_stdout(sys.stdout if first else io.StringIO()):
+                result = o.run(o, Progress(shown=first))
+            if o.json is not None and first:
+                o.json.parent.mkdir(parents=True, exist_ok=True)
+                o.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     except (ValueError, OSError) as error:
-        print(f"{o.command}: {error}", file=sys.stderr)
+        print(f"{who}: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        print(f"{who}: stopped: {error}. Start the same command again to go on from here.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\n{o.command}: stopped; the same command goes on from here", file=sys.stderr)
+        print(f"\n{who}: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .distributed import ALONE, Group
 from .files import blame, clear_parts, replacing
 from .sae import SAE
 
@@ -41,19 +42,25 @@ class TrainSettings:
             raise ValueError(f"k must lie between 1 and the {self.features} features, got {self.k}")
 
 
-def top_active(h: Tensor, count: int, guess: Tensor) -> Tensor:
-    """Flat indices, ascending, of the `count` largest entries of h [N, F]: BatchTopK.
+def top_active(h: Tensor, count: int, guess: Tensor, group: Group = ALONE) -> tuple[Tensor, Tensor]:
+    """The `count` largest entries of h [N, F], whose rows `group` shares: BatchTopK.
 
-    Fewer where fewer are over 0. Exact for any `guess` of the smallest of them, and several times
-    as fast when that is good: only what lies near or over it needs to be ranked.
+    Returns the flat indices of those in this process's h, ascending, and the smallest of all, 0 if
+    there is none. Fewer where fewer are over 0. Exact for any `guess` of the smallest, and several
+    times as fast when that is good: only what lies near or over it needs to be ranked.
     """
     flat = h.flatten()
     candidates = (flat > 0.9 * guess).nonzero().flatten()
-    if len(candidates) < count:
+    values = group.gather(flat[candidates])
+    if sum(map(len, values)) < count:
         candidates = (flat > 0).nonzero().flatten()
-    if len(candidates) > count:
-        candidates = candidates[flat[candidates].topk(count, sorted=False).indices].sort().values
-    return candidates
+        values = group.gather(flat[candidates])
+    ranked, own = torch.cat(values), values[group.rank]
+    if len(ranked) > count:
+        ranked, index = ranked.topk(count, sorted=False)
+        index -= sum(map(len, values[: group.rank]))
+        candidates = candidates[index[(index >= 0) & (index < len(own))]].sort().values
+    return candidates, ranked.amin() if len(ranked) else h.new_zeros(())
 
 
 class _SparseSAE(torch.autograd.Function):
@@ -119,41 +126,49 @@ class Trainee(nn.Module):
         self.threshold: Tensor
         self.idle: Tensor
 
-    def loss(self, a: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """a [N, d] -> loss and figures. Updates the threshold and the idle counts."""
+    def loss(self, a: Tensor, group: Group = ALONE) -> tuple[Tensor, dict[str, Tensor]]:
+        """The batch a [N, d] -> loss and figures. Updates the threshold and the idle counts.
+
+        `group` shares its rows: the loss is this process's part of a sum, all else is of the batch.
+        """
         s = self.settings
-        x = (a - self.mean) / self.scale
+        whole = (a - self.mean) / self.scale
+        x, count = group.share(whole), len(whole)
         parameters = (self.encoder_weight, self.encoder_bias, self.decoder_weight)
         if s.kind == "batch_topk":
             with torch.no_grad():
                 h = torch.addmm(self.encoder_bias, x, self.encoder_weight.T)
-            active = top_active(h, s.k * len(x), self.threshold)
-            smallest = h.flatten()[active].amin() if len(active) else h.new_zeros(())
+            active, smallest = top_active(h, s.k * count, self.threshold, group)
             decoded = cast(Tensor, _SparseSAE.apply(x, h, active, *parameters))
             self.threshold.lerp_(smallest, torch.where(self.threshold == 0, 1.0, 0.01))
             sparsity, fired = 0.0, active % s.features
-            l0 = torch.tensor(len(active) / len(x))
+            firings = x.new_tensor(len(active))
         else:
             h = torch.addmm(self.encoder_bias, x, self.encoder_weight.T)
             z = torch.relu(h)
             decoded = z @ self.decoder_weight
-            sparsity, fired = s.l1 * z.sum(1).mean() / x.shape[1], (z > 0).any(0)
-            l0 = (z > 0).float().sum(1).mean()
+            sparsity, fired = s.l1 * (z.sum(1).sum() / count) / x.shape[1], (z > 0).any(0)
+            firings = (z > 0).float().sum()
         error = x - (decoded + self.decoder_bias)
-        loss = error.square().sum(1).mean() / x.shape[1] + sparsity
-        self.idle += 1
-        self.idle[fired] = 0
-        dead = (self.idle > s.dead_after).nonzero().flatten()
+        loss = error.square().sum(1).sum() / count / x.shape[1] + sparsity
+        seen = x.new_zeros(s.features + 2)
+        seen[:-2][fired] = 1
         with torch.no_grad():
-            fvu = error.square().sum() / (x - x.mean(0)).square().sum()
-        figures = {"fvu": fvu, "l0": l0, "dead": torch.tensor(len(dead) / s.features)}
+            seen[-2], seen[-1] = error.square().sum(), firings
+            group.sum_(seen)
+            self.idle += 1
+            self.idle[seen[:-2] > 0] = 0
+            fvu = seen[-2] / (whole - whole.mean(0)).square().sum().clamp(min=1e-12)  # a batch of one
+        dead = (self.idle > s.dead_after).nonzero().flatten()
+        figures = {"fvu": fvu, "l0": seen[-1] / count, "dead": torch.tensor(len(dead) / s.features)}
         if len(dead):  # they learn what the living leave unexplained
             rows = self.decoder_weight[dead]
             value = x @ self.encoder_weight[dead].T + self.encoder_bias[dead]
             top = value.topk(min(len(dead), x.shape[1] // 2), dim=1)
             code = torch.zeros_like(value).scatter(1, top.indices, torch.relu(top.values))
             target = error.detach()
-            loss = loss + AUX_WEIGHT * (target - code @ rows).square().sum(1).mean() / x.shape[1]
+            unexplained = (target - code @ rows).square().sum(1).sum() / count / x.shape[1]
+            loss = loss + AUX_WEIGHT * unexplained
         return loss, figures
 
     @torch.no_grad()
@@ -180,33 +195,41 @@ def train_sae(
     *,
     checkpoint: Path | None = None,
     progress: Callable[[int, dict[str, float]], None] | None = None,
+    group: Group = ALONE,
 ) -> tuple[SAE, list[dict[str, float]]]:
     """Trains on `batches(epoch)`, which yields activations [batch, d], for `settings.steps` steps.
 
-    With `checkpoint`, a killed run continues where it was and ends in the same SAE. Returns the
-    SAE and the training curve (fvu, l0, dead per 25 steps). Raises ValueError on no data.
+    With `checkpoint`, a killed run continues where it was and ends in the same SAE. The processes of
+    `group` are given the same batches and share the rows of each: all end in the SAE of one process
+    up to the order of sums, and the first writes checkpoints. Returns the SAE, on the CPU, and the
+    training curve (fvu, l0, dead per 25 steps). Raises ValueError on no data.
     """
     first = next(batches(0), None)
     if first is None:
         raise ValueError("no activations to train on")
-    trainee = Trainee(settings, first)
+    trainee = Trainee(settings, first).to(group.device)
     optimizer = torch.optim.Adam(trainee.parameters(), settings.lr, (0.9, 0.99), fused=True)
     curve: list[dict[str, float]] = []
     done = 0
     if checkpoint is not None and checkpoint.exists():
         done, curve = _load_checkpoint(checkpoint, settings, trainee, optimizer)
-        if done == settings.steps:
-            return trainee.freeze(), curve
+    seen = [float(done), first.double().sum().item()]
+    group.require_same(
+        seen, "activations or checkpoints: the store and --work must be on a disk that all machines share"
+    )
     for step, a in enumerate(_endless(batches)):
-        if step >= settings.steps:
+        if step >= settings.steps or done == settings.steps:
             break
         if step < done:  # the data of the steps that a killed run has already taken
             continue
         rate = min(1.0, (step + 1) / settings.warmup, 5 * (1 - step / settings.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * rate
-        loss, figures = trainee.loss(a)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = settings.lr * rate
+        loss, figures = trainee.loss(a.to(group.device), group)
         loss.backward()
+        for parameter in trainee.parameters():
+            if parameter.grad is not None:
+                group.sum_(parameter.grad)
         nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -216,9 +239,10 @@ def train_sae(
             curve.append({"step": step + 1, **point})
             if progress is not None:
                 progress(step + 1, point)
-        if checkpoint is not None and ((step + 1) % 250 == 0 or step + 1 == settings.steps):
+        saved = (step + 1) % 250 == 0 or step + 1 == settings.steps
+        if checkpoint is not None and saved and group.rank == 0:
             _save_checkpoint(checkpoint, settings, trainee, optimizer, step + 1, curve)
-    return trainee.freeze(), curve
+    return trainee.freeze().to("cpu"), curve
 
 
 def _endless(batches: Callable[[int], Iterator[Tensor]]) -> Iterator[Tensor]:
@@ -254,7 +278,7 @@ def _load_checkpoint(
         tensors = load_file(path)
     if meta.get("settings") != asdict(settings):
         raise ValueError(f"{path} was written with other settings: delete it, or train with those")
-    if not torch.equal(tensors["sae.mean"], trainee.mean):
+    if not torch.equal(tensors["sae.mean"], trainee.mean.cpu()):
         raise ValueError(f"{path} was written with other activations: delete it, or train on those")
     trainee.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
     state: dict[int, dict[str, Tensor]] = {}

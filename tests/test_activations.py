@@ -206,6 +206,28 @@ def test_batches_are_shuffled(whole: Path) -> None:
     assert list(store.batches("text", 10, 0, pairs=[1], sides=(0,))) == []
 
 
+@pytest.mark.parametrize("buffer", [1, 20, 40])
+def test_a_read_holds_a_buffer_and_one_shard_at_most(
+    whole: Path, buffer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 96 tokens in shards of 16 and 32: a store may be larger than memory."""
+    read = given = most = 0
+    plain = ActivationStore._tokens
+
+    def counted(*arguments: Any) -> Tensor:
+        nonlocal read
+        tokens = plain(*arguments)
+        read += len(tokens)
+        return tokens
+
+    monkeypatch.setattr(ActivationStore, "_tokens", counted)
+    for batch in ActivationStore(whole).batches("single.0.img", 4, 0, buffer=buffer):
+        most = max(most, read - given)
+        given += len(batch)
+    assert given == read == 96
+    assert most <= max(buffer, 4) + 32
+
+
 # resuming
 
 

@@ -114,9 +114,11 @@ def test_batch_topk_is_exact_whatever_the_guess(
     h = torch.randn(tokens, features, generator=torch.Generator().manual_seed(seed))
     h = (4 * h).round() / 4  # with ties
     count = k * tokens
-    active = top_active(h, count, torch.tensor(guess))
+    active, smallest = top_active(h, count, torch.tensor(guess))
     expected = h.flatten().sort(descending=True).values[:count].clamp(min=0)
-    assert torch.equal(h.flatten()[active].sort(descending=True).values, expected[expected > 0])
+    expected = expected[expected > 0]
+    assert torch.equal(h.flatten()[active].sort(descending=True).values, expected)
+    assert smallest == (expected[-1] if len(expected) else 0)
     assert torch.equal(active, active.unique())
 
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -180,3 +181,23 @@ def run_and_die(work: Callable[[], object], after: float | None = None) -> bool:
         time.sleep(after)
         os.kill(child, signal.SIGKILL)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def fork_each(work: Callable[[int], object], count: int) -> None:
+    """Runs work(0), work(1), ... at once, each in a process of its own; an error there is one here."""
+    children = []
+    for i in range(count):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                torch.set_num_threads(1)
+                work(i)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        children.append(child)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    assert not any(statuses), statuses
