@@ -92,8 +92,8 @@ def loss_recovered(
         tap = Everywhere([position], lambda _, a: change(a))
         return sum(host.denoising_loss(prompts, latents, seeds, sigma, tap) for sigma in (0.9, 0.6, 0.3))
 
-    plain, mean = loss(lambda a: a), loss(lambda a: sae.mean.expand_as(a))
-    return (mean - loss(sae.reconstruct)) / (mean - plain)
+    plain, mean = loss(lambda a: a), loss(lambda a: sae.mean.to(a.device).expand_as(a))
+    return (mean - loss(lambda a: sae.to(a.device).reconstruct(a))) / (mean - plain)
 
 
 def fit_adapter(
@@ -130,8 +130,10 @@ def calibrate(
     pairs: Sequence[PromptPair],
     recipe: Recipe,
     progress: Progress | None = None,
+    batch: int = 32,
 ) -> Domain:
-    """The domain with a gate for its plan, from prompts and noise that nothing was trained on."""
+    """The domain with a gate for its plan, from prompts and noise that nothing was trained on;
+    `batch` images are sampled at a time."""
     windows = {a.position: a.window for a in dictionary.card.plan if a.domain == domain}
     safe = [pair.safe for pair in pairs]
     unsafe = [pair.unsafe for pair in pairs if pair.domain == domain and pair.unsafe is not None]
@@ -140,7 +142,8 @@ def calibrate(
         if progress is not None:
             progress(f"calibrate {domain}", done, total)
 
-    seen = probe(host, dictionary, [domain], windows, safe + unsafe, CALIBRATION_SEED, progress=report)
+    prompts = safe + unsafe
+    seen = probe(host, dictionary, [domain], windows, prompts, CALIBRATION_SEED, batch, progress=report)
     seen = seen[:, :, 0]
     gate = calibrated_gate(list(windows), seen[: len(safe)], seen[len(safe) :], recipe.false_positive_rate)
     return replace(dictionary.card.domains[domain], gate=gate)
@@ -160,9 +163,11 @@ def build_dictionary(
     licence: dict[str, str],
     checkpoints: Path | None = None,
     progress: Progress | None = None,
+    batch: int = 32,
 ) -> dict[str, list[dict[str, float]]]:
     """Trains one SAE per position on the source domain, adapts it to its own safe rewrites,
-    calibrates the gate on `pairs` and writes `path`. Returns the training curves by position."""
+    calibrates the gate on `pairs`, `batch` images at a time, and writes `path`. Returns the training
+    curves by position."""
     training = [
         p for name in (source, "safe") for p in split(store.indices(name))[0]
     ]  # target pairs are never seen here: the encoder belongs to the source domain
@@ -207,7 +212,8 @@ def build_dictionary(
         source_sha256=store.settings.prompts_sha256,
     )
     save_dictionary(path, card, saes, adapters)  # ungated, so that the gate can be measured
-    card.domains[source] = calibrate(host, Dictionary.open(path), source, pairs, recipe, progress)
+    ungated = Dictionary.open(path)
+    card.domains[source] = calibrate(host, ungated, source, pairs, recipe, progress, batch)
     save_dictionary(path, card, saes, adapters)
     return curves
 
@@ -226,6 +232,7 @@ def build_adapter(
     creator: str,
     licence: dict[str, str],
     progress: Progress | None = None,
+    batch: int = 32,
 ) -> None:
     """Adapts only the decoder to `domain` and writes the adapter file; the encoder stays as it is."""
     found = Domain({}, {}, None)
@@ -249,5 +256,6 @@ def build_adapter(
         base_sha256=dictionary.sha256,
     )
     save_adapter(path, card, adapters)
-    card.domains[domain] = calibrate(host, dictionary.with_adapters(path), domain, pairs, recipe, progress)
+    ungated = dictionary.with_adapters(path)
+    card.domains[domain] = calibrate(host, ungated, domain, pairs, recipe, progress, batch)
     save_adapter(path, card, adapters)
