@@ -29,7 +29,7 @@ class PipelineHost:
     `batch` is how many images a GPU of 24 GB can sample at a time.
     """
 
-    steps = 28
+    steps = 20  # as in the templates of ComfyUI
     batch = 8
 
     def __init__(self, pipeline: Any, name: str, side: int = 1024):

@@ -35,33 +35,29 @@ def limit_memory() -> None:
 class Bench:
     """The valid files of each reader, and a place to read damaged ones."""
 
-    def __init__(self, names: list[str], work: Path, keep: Path | None = None) -> None:
+    def __init__(self, names: list[str] | None, work: Path, keep: Path | None = None) -> None:
         from .readers import READERS
 
-        self.readers = {name: READERS[name] for name in names}
-        self.cases = [(name, victim) for name in names for victim in self.readers[name].victims]
-        self.refusals = {name: Counter[str]() for name in names}
+        self.readers = {name: READERS[name] for name in names or READERS}
+        self.cases = [(name, victim) for name, r in self.readers.items() for victim in r.victims]
+        self.refusals = {name: Counter[str]() for name in self.readers}
         self.read = Counter[str]()
         self.smallest: dict[tuple[str, str], int] = {}
         self._work, self._keep = work, keep
         self.valid: dict[str, dict[str, bytes]] = {}
         for name, reader in self.readers.items():
-            folder = self._fresh(name)
+            folder = work / name
+            folder.mkdir(parents=True)
             reader.make(folder)
             self.valid[name] = {path.name: path.read_bytes() for path in folder.iterdir()}
             reader.read(folder)  # warm: what is imported late is not the file's doing
 
-    def _fresh(self, name: str) -> Path:
-        folder = self._work / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        return folder
-
-    def try_one(self, name: str, victim: str, content: bytes, seal: bool = True) -> None:
-        """Raises AssertionError where a promise is broken; the files are still there then."""
+    def try_one(self, name: str, victim: str, content: bytes, seal: bool = True) -> str | None:
+        """The reader's refusal, if any. Raises AssertionError where a promise is broken; the files are
+        still there then."""
         from .watch import examine
 
-        reader, folder = self.readers[name], self._fresh(name)
+        reader, folder = self.readers[name], self._work / name
         for file, raw in (self.valid[name] | {victim: content}).items():
             (folder / file).write_bytes(raw)
         if seal and victim.endswith(".safetensors"):
@@ -72,10 +68,7 @@ class Bench:
         assert outcome.problem is None, f"{name}, {folder / victim}: {outcome.problem}"
         self.read[name] += 1
         if outcome.refusal is not None:
-            fault = re.sub(
-                r"'[^']*'|\"[^\"]*\"|[-\d.]+|\[[^]]*\]", "_", outcome.refusal.replace(str(folder), "")
-            )
-            fault = fault[:60]
+            fault = _kind(outcome.refusal.replace(str(folder), ""))
             self.refusals[name][fault] += 1
             if self._keep is not None and len(content) < self.smallest.get((name, fault), 1 << 30):
                 self.smallest[name, fault] = len(content)
@@ -83,16 +76,20 @@ class Bench:
                 target = self._keep / name / f"{label}.{victim}"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(content)
+        return outcome.refusal
 
-    def summary(self) -> str:
-        lines = []
-        for name, faults in self.refusals.items():
-            refused = faults.total()
-            lines.append(
-                f"{name:12} {self.read[name]} files: {refused} refused for {len(faults)} kinds of fault, "
-                f"{self.read[name] - refused} read"
-            )
-        return "\n".join(lines)
+    def summary(self, name: str) -> str:
+        faults, read = self.refusals[name], self.read[name]
+        refused = faults.total()
+        return (
+            f"{name:12} {read} files: {refused} refused for {len(faults)} kinds of fault, "
+            f"{read - refused} read as they are"
+        )
+
+
+def _kind(refusal: str) -> str:
+    """What is the same in two refusals of one kind: without names and numbers, and cut short."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"|[-\d.]+|\[[^]]*\]", "_", refusal)[:60]
 
 
 def run_mutations(bench: Bench, files: int, seed: int) -> None:
@@ -104,9 +101,10 @@ def run_mutations(bench: Bench, files: int, seed: int) -> None:
             victim = rng.choice(reader.victims)
             content = mutate(rng, bench.valid[name][victim], victim)
             bench.try_one(name, victim, content, seal=rng.random() < 0.8)
+        print(bench.summary(name), flush=True)
 
 
-def run_atheris(names: list[str], files: int, seed: int, work: Path) -> None:
+def run_atheris(names: list[str] | None, files: int, seed: int, work: Path) -> None:
     """Does not return: libFuzzer ends the process."""
     atheris: Any = import_module("atheris")
 
@@ -131,7 +129,12 @@ def run_atheris(names: list[str], files: int, seed: int, work: Path) -> None:
         data = data if len(data) > 1 else (corpus / str(rng.randrange(len(bench.cases)))).read_bytes()
         return (data[:1] + mutate(rng, data[1:], case(data)[1]))[:most]
 
-    options = [f"-runs={files * len(names)}", f"-seed={seed + 1}", "-max_len=20000", "-print_final_stats=1"]
+    options = [
+        f"-runs={files * len(bench.readers)}",
+        f"-seed={seed + 1}",
+        "-max_len=20000",
+        "-print_final_stats=1",
+    ]
     options += [f"-artifact_prefix={work}/", f"-timeout={PATIENCE}", "-verbosity=0", str(corpus)]
     atheris.Setup([sys.argv[0], *options], one, custom_mutator=change)
     atheris.Fuzz()
@@ -147,17 +150,14 @@ def main() -> int:
     o = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="fuzz-"))
     if o.engine == "atheris":
-        run_atheris(o.reader or ["dictionary", "adapter", "prompts", "store"], o.files, o.seed, work)
-    from .readers import READERS
-
-    bench = Bench(o.reader or list(READERS), work, o.keep)
+        run_atheris(o.reader, o.files, o.seed, work)
+    bench = Bench(o.reader, work, o.keep)
     limit_memory()
     try:
         run_mutations(bench, o.files, o.seed)
     except AssertionError as error:
         print(error, file=sys.stderr)
         return 1
-    print(bench.summary())
     shutil.rmtree(work)
     return 0
 

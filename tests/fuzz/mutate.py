@@ -20,6 +20,7 @@ TEXTS += ["text", "single.0.img", "joint.0.img", "double.99.txt", "weapons", "sa
 ODD: list[Any] = [None, True, False, *NUMBERS, *TEXTS, [], {}, [[]], {"": 0}, [0] * 70, [[0, 0]], {"a": {}}]
 SPECIAL = [b"\x00" * 8, b"\xff" * 8, b"\x00\x00\xc0\x7f", b"\x80\x7f", b"\x00\x00\x80\xff", b"[" * 5000]
 SPECIAL += [b"PK\x03\x04", b"\x80\x04", b"\xef\xbb\xbf", b"\r", b'"', b",", b"\n", b"{}", b"\xf0\x28\x8c\x28"]
+MOST = 1 << 20  # bytes of a file
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 
 
@@ -180,6 +181,8 @@ def damage_shapes(rng: Random, data: bytes) -> bytes:
             size = math.prod(entry["shape"]) * WIDTHS[entry["dtype"]]
             entry["data_offsets"] = [at, at + size]
             at += size
+        if at > MOST:
+            raise ValueError("too large to write")
         body = bytes(at) if rng.random() < 0.5 else bytes(rng.choice(b"\x00\x3f\x80") for _ in range(at))
         return _join(json.dumps({"__metadata__": meta} | header), body)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError, OverflowError):

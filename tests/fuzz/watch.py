@@ -67,7 +67,7 @@ def examine(reader: Reader, folder: Path, victim: str) -> Outcome:
     size = sum(path.stat().st_size for path in folder.iterdir())
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     outcome = Outcome()
-    resident = _resident(reset=True)
+    resident = _resident()
     tracemalloc.start()
     began = time.process_time()
     try:
@@ -99,12 +99,10 @@ def examine(reader: Reader, folder: Path, victim: str) -> Outcome:
     return outcome
 
 
-def _resident(reset: bool = False) -> int:
-    """The process's peak resident bytes since the last reset; Linux only, elsewhere 0."""
+def _resident() -> int:
+    """The most bytes that the process has ever had in memory; 0 where that is not known."""
     try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-    except OSError:
+        import resource
+    except ImportError:  # Windows
         return 0
-    return int(status.partition("VmHWM:")[2].split()[0]) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
