@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,7 +79,8 @@ def examine(reader: Reader, folder: Path, victim: str) -> Outcome:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        outcome.problem = f"{type(error).__name__}: {error!s:.300}"
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        outcome.problem = f"{type(error).__name__}: {error!s:.300} ({where.filename}, line {where.lineno})"
     seconds = time.process_time() - began
     allocated = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
