@@ -19,7 +19,7 @@ def _clip_tokenizer(length: int) -> Any:
 
 
 def _t5_tokenizer() -> Any:
-    from transformers import T5TokenizerFast
+    from transformers import T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
     words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -2.0)]
     words += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
