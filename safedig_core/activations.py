@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import PathLike, blame, clear_parts, need, replacing, sha256_of
+from .files import PathLike, blame, clear_parts, need, read_all, replacing, sha256_of
 from .store_settings import StoreSettings
 
 MAX_JSON = 64 << 20  # bytes
@@ -349,10 +349,7 @@ def _settings(path: Path) -> StoreSettings:
 def _read_json(path: Path) -> Any:
     with _blame(path):
         _require_plain(path)
-        with path.open("rb") as file:
-            raw = file.read(MAX_JSON + 1)
-        need(len(raw) <= MAX_JSON, "it is too large")
-        return json.loads(raw)
+        return json.loads(read_all(path, MAX_JSON))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -95,8 +95,8 @@ def loss_recovered(
         tap = Everywhere([position], lambda _, a: change(a))
         return sum(host.denoising_loss(prompts, latents, seeds, sigma, tap) for sigma in (0.9, 0.6, 0.3))
 
-    plain, mean = loss(lambda a: a), loss(lambda a: average.expand_as(a))
-    return (mean - loss(sae.reconstruct)) / (mean - plain)
+    plain, mean = loss(lambda a: a), loss(lambda a: average.to(a.device).expand_as(a))
+    return (mean - loss(lambda a: sae.to(a.device).reconstruct(a))) / (mean - plain)
 
 
 def fit_adapter(
@@ -133,8 +133,10 @@ def calibrate(
     pairs: Sequence[PromptPair],
     recipe: Recipe,
     progress: Progress | None = None,
+    batch: int = 32,
 ) -> Domain:
-    """The domain with a gate for its plan, from prompts and noise that nothing was trained on."""
+    """The domain with a gate for its plan, from prompts and noise that nothing was trained on;
+    `batch` images are sampled at a time."""
     windows = {a.position: a.window for a in dictionary.card.plan if a.domain == domain}
     safe = [pair.safe for pair in pairs]
     unsafe = [pair.unsafe for pair in pairs if pair.domain == domain and pair.unsafe is not None]
@@ -143,7 +145,8 @@ def calibrate(
         if progress is not None:
             progress(f"calibrate {domain}", done, total)
 
-    seen = probe(host, dictionary, [domain], windows, safe + unsafe, CALIBRATION_SEED, progress=report)
+    prompts = safe + unsafe
+    seen = probe(host, dictionary, [domain], windows, prompts, CALIBRATION_SEED, batch, progress=report)
     seen = seen[:, :, 0]
     gate = calibrated_gate(list(windows), seen[: len(safe)], seen[len(safe) :], recipe.false_positive_rate)
     return replace(dictionary.card.domains[domain], gate=gate)
@@ -163,6 +166,7 @@ def build_dictionary(
     licence: dict[str, str],
     checkpoints: Path | None = None,
     progress: Progress | None = None,
+    batch: int = 32,
     processes: Group = ALONE,
 ) -> dict[str, list[dict[str, float]]]:
     """Trains one SAE per position on the source domain and completes them to a dictionary in
@@ -204,6 +208,7 @@ def build_dictionary(
         creator=creator,
         licence=licence,
         progress=progress,
+        batch=batch,
     )
     return curves
 
@@ -222,10 +227,12 @@ def complete_dictionary(
     creator: str,
     licence: dict[str, str],
     progress: Progress | None = None,
+    batch: int = 32,
 ) -> None:
     """From SAEs by position, trained here or elsewhere, to a dictionary: chooses the source
     domain's harmful features, adapts the decoder to its safe rewrites, calibrates the gate on
-    `pairs` and writes `path`. `training` says on the card where the SAEs come from."""
+    `pairs`, `batch` images at a time, and writes `path`. `training` says on the card where the SAEs
+    come from."""
     ordered: dict[str, SAE] = {}
     infos: dict[str, PositionInfo] = {}
     domain = Domain({}, {}, None)
@@ -255,7 +262,8 @@ def complete_dictionary(
         source_sha256=store.settings.prompts_sha256,
     )
     save_dictionary(path, card, ordered, adapters)  # ungated, so that the gate can be measured
-    card.domains[source] = calibrate(host, Dictionary.open(path), source, pairs, recipe, progress)
+    ungated = Dictionary.open(path)
+    card.domains[source] = calibrate(host, ungated, source, pairs, recipe, progress, batch)
     save_dictionary(path, card, ordered, adapters)
 
 
@@ -273,6 +281,7 @@ def build_adapter(
     creator: str,
     licence: dict[str, str],
     progress: Progress | None = None,
+    batch: int = 32,
 ) -> None:
     """Adapts only the decoder to `domain` and writes the adapter file; the encoder stays as it is."""
     found = Domain({}, {}, None)
@@ -296,5 +305,6 @@ def build_adapter(
         base_sha256=dictionary.sha256,
     )
     save_adapter(path, card, adapters)
-    card.domains[domain] = calibrate(host, dictionary.with_adapters(path), domain, pairs, recipe, progress)
+    ungated = dictionary.with_adapters(path)
+    card.domains[domain] = calibrate(host, ungated, domain, pairs, recipe, progress, batch)
     save_adapter(path, card, adapters)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .dictionary import Dictionary, Gate
 from .evaluation import roc
 from .hosts import Host
-from .steering import Site, compile_site
+from .steering import Site, compile_site, moved
 
 WITNESS_AUROC = 0.9  # weaker positions only add false alarms to the running maximum
 
@@ -33,9 +33,10 @@ class Probe:
     def __call__(self, position: str, a: Tensor) -> Tensor:
         start, end = self._windows[position]
         if start >= self._sigma >= end:
-            site, at = self._sites[position], self.positions.index(position)
+            site = self._sites[position] = moved(self._sites[position], a.device)
+            at = self.positions.index(position)
             seen = site.code(a[self._rows].float()).sum(1) @ site.evidence.T
-            self.activity[:, at] = torch.maximum(self.activity[:, at], seen)
+            self.activity[:, at] = torch.maximum(self.activity[:, at], seen.cpu())
         return a
 
 

@@ -21,16 +21,17 @@ from .cli_hub import add_commands
 from .dictionary import Card, Dictionary, check
 from .distributed import Interrupted, joined
 from .foreign import export_saelens, import_saes, save_imported
-from .hosts import Host
 from .hub import locate
 from .positions import Architecture
 from .prompts import PromptPair, read_prompts
 from .routing import Route, chosen, route
 
 if TYPE_CHECKING:  # diffusers: only where a model is loaded
+    from .hosts.pipeline import PipelineHost
     from .pocket.model import PocketModel
 
 MODELS = ("pocket-flux", "pocket-sd35")
+FULL_SIZE = "diffusers:"
 
 
 class Progress:
@@ -61,13 +62,33 @@ def load_host(model: str) -> PocketModel:
     return load_pocket(model)
 
 
+def load_any(o: argparse.Namespace) -> PocketModel | PipelineHost:
+    """The model of a command that makes dictionaries: a pocket model, or one of full size."""
+    if not o.model.startswith(FULL_SIZE):
+        return load_host(o.model)
+    from .hosts.pipeline import load_pipeline
+
+    return load_pipeline(o.model.removeprefix(FULL_SIZE), o.size)
+
+
+def load_captured(o: argparse.Namespace, store: ActivationStore) -> PocketModel | PipelineHost:
+    """The model that `store` was captured from. Raises ValueError where it can't be that."""
+    host = load_any(o)
+    if host.architecture != store.architecture:
+        raise ValueError(
+            f"{o.store} was captured from a {store.architecture.describe()}, and --model {o.model} is a "
+            f"{host.architecture.describe()}"
+        )
+    return host
+
+
 def captured_steps(total: int, count: int) -> tuple[int, ...]:
     """`count` of `total` sampling steps, evenly spread, the first always among them."""
     return tuple(sorted({round(i * total / count) for i in range(min(count, total))}))
 
 
 def store_settings(
-    host: Host,
+    host: PocketModel | PipelineHost,
     prompts: Sequence[PromptPair],
     *,
     positions: Sequence[str] | None = None,
@@ -85,20 +106,21 @@ def store_settings(
         tokens_per_image=tokens_per_image,
         pairs_per_shard=pairs_per_shard,
         prompts=tuple(prompts),
-        sampler={"steps": host.steps},
+        sampler=host.sampler,
     )
 
 
 def run_capture(o: argparse.Namespace, progress: Progress) -> dict:
-    host = load_host(o.model)
+    prompts = read_prompts(o.prompts)  # before a model that takes minutes to load
+    host = load_any(o)
     settings = store_settings(
         host,
-        read_prompts(o.prompts),
+        prompts,
         positions=o.positions,
         steps=o.steps,
         tokens_per_image=o.tokens,
         seed=o.seed,
-        pairs_per_shard=o.pairs_per_shard,
+        pairs_per_shard=o.pairs_per_shard or min(12, host.batch // 2),
     )
     with o.processes.first_alone():
         if o.processes.rank and not o.store.exists():
@@ -140,20 +162,23 @@ def run_train(o: argparse.Namespace, progress: Progress) -> dict:
         positions = chosen(route(store, o.source, o.target), store.architecture)
         print(f"routed to {', '.join(positions)}")
     o.work.mkdir(parents=True, exist_ok=True)
+    tune = read_prompts(o.tune)
+    host = load_captured(o, store)
     curves = build_dictionary(
         o.out,
-        load_host(o.model),
+        host,
         store,
         positions,
         o.source,
-        read_prompts(o.tune),
+        tune,
         recipe_of(o),
-        title=o.title or f"{o.source} for {o.model}",
+        title=o.title or f"{o.source} for {host.name}",
         creator=o.creator,
         licence={"data": o.data_licence, "weights": o.weights_licence},
         checkpoints=o.work,
         progress=progress,
         processes=o.processes,
+        batch=host.batch,
     )
     if o.processes.rank:
         return {}
@@ -162,20 +187,24 @@ def run_train(o: argparse.Namespace, progress: Progress) -> dict:
 
 
 def run_adapt(o: argparse.Namespace, progress: Progress) -> dict:
-    dictionary = Dictionary.open(o.dictionary)
+    dictionary, store = Dictionary.open(o.dictionary), ActivationStore(o.store)
+    dictionary.check_fits(store.architecture)
+    tune = read_prompts(o.tune)
+    host = load_captured(o, store)
     build_adapter(
         o.out,
-        load_host(o.model),
-        ActivationStore(o.store),
+        host,
+        store,
         dictionary,
         o.domain,
         o.source,
-        read_prompts(o.tune),
+        tune,
         recipe_of(o),
         title=o.title or f"{o.domain} for {dictionary.card.title}",
         creator=o.creator,
         licence={"data": o.data_licence, "weights": o.weights_licence},
         progress=progress,
+        batch=host.batch,
     )
     print(card_text(dictionary.with_adapters(o.out).card))
     return {"adapter": str(o.out), "base_sha256": dictionary.sha256}
@@ -341,6 +370,12 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--model", default=MODELS[0], choices=MODELS)
         sub.add_argument("--seed", type=int, default=0)
 
+    def any_model(sub: argparse.ArgumentParser) -> None:
+        known = f"{', '.join(MODELS)}, or {FULL_SIZE}<folder or repository> of FLUX.1 or SD3.5"
+        sub.add_argument("--model", default=MODELS[0], help=known)
+        sub.add_argument("--size", type=int, default=1024, help="of a full-size model's pictures, in pixels")
+        sub.add_argument("--seed", type=int, default=0)
+
     def names(text: str) -> list[str]:
         return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -367,13 +402,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, default=Path("out/demo"))
 
     sub = command("capture", run_capture, "sample prompt pairs and store their activations")
-    model(sub)
+    any_model(sub)
     sub.add_argument("--prompts", type=Path, required=True)
     sub.add_argument("--store", type=Path, required=True)
     sub.add_argument("--positions", type=names, help="comma-separated; default: all")
     sub.add_argument("--steps", type=int, default=6, help="how many sampling steps to capture")
     sub.add_argument("--tokens", type=int, help="tokens per image; default: all")
-    sub.add_argument("--pairs-per-shard", type=int, default=12)
+    sub.add_argument("--pairs-per-shard", type=int, help="sampled at once; default: 12, or what fits")
 
     sub = command("route", run_route, "score positions and operators before any training")
     sub.add_argument("--store", type=Path, required=True)
@@ -382,7 +417,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--target-pairs", type=int, default=16)
 
     sub = command("train", run_train, "train a dictionary on the source domain")
-    model(sub)
+    any_model(sub)
     sub.add_argument("--store", type=Path, required=True)
     sub.add_argument("--source", required=True)
     sub.add_argument("--target", help="for routing, where no --positions are given")
@@ -394,7 +429,7 @@ def parser() -> argparse.ArgumentParser:
     recipe(sub)
 
     sub = command("adapt", run_adapt, "adapt a dictionary's decoder to one more domain")
-    model(sub)
+    any_model(sub)
     sub.add_argument("--store", type=Path, required=True)
     sub.add_argument("--dictionary", type=Path, required=True)
     sub.add_argument("--domain", required=True)

@@ -81,6 +81,14 @@ def clear_parts(folder: Path, name: str = "") -> None:
         shutil.rmtree(part)
 
 
+def read_all(path: Path, most: int) -> bytes:
+    """A whole file. Raises ValueError on more than `most` bytes, OSError."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        need(size <= most, f"it is larger than {most >> 20} MiB")
+        return file.read(size)  # read(most) would allocate as much
+
+
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .files import DOMAIN, TEXT, PathLike
+from .files import DOMAIN, TEXT, PathLike, read_all
 
 SAFE = "safe"  # the domain of purely safe prompts
 MAX_FILE = 16 << 20  # bytes
@@ -122,17 +122,14 @@ def _text(path: Path) -> str:
     try:
         if not path.is_file():
             raise PromptError(f"{path}: there is no such file. Check the name.")
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE + 1)
+        return read_all(path, MAX_FILE).decode("utf-8-sig")
     except OSError as error:
         raise PromptError(f"{path}: {error.strerror or error}. Check its permissions.") from error
-    if len(raw) > MAX_FILE:
-        raise PromptError(f"{path}: it is larger than {MAX_FILE >> 20} MiB. Split it.")
-    try:
-        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise PromptError(f"{path}, line {line}: it is not UTF-8. Save the file as UTF-8.") from error
+    except ValueError as error:
+        raise PromptError(f"{path}: {error}. Split it.") from error
 
 
 def _jsonl(path: Path, text: str) -> Iterator[tuple[int, object]]:

@@ -183,7 +183,7 @@ class Steering:
 
         `tokens` is the number of image tokens, for a map of where activations moved; 0 for none.
         """
-        self.sites = {p: _moved(site, device) for p, site in self.sites.items()}
+        self.sites = {p: moved(site, device) for p, site in self.sites.items()}
         self._reach = {p: [self._reach_of(a, device) for a in s.actions] for p, s in self.sites.items()}
         shape = (len(self.sites), steps, images)
         self.calls = torch.zeros(shape[:2], dtype=torch.long)  # on the CPU: counted, not computed
@@ -286,7 +286,8 @@ class Steering:
         }
 
 
-def _moved(site: Site, device: torch.device | str) -> Site:
+def moved(site: Site, device: torch.device | str) -> Site:
+    """The site with its tensors on `device`."""
     tensors = {f.name: getattr(site, f.name) for f in fields(site)}
     tensors = {name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)}
     return replace(

@@ -572,5 +572,5 @@ def test_what_is_no_json_is_refused(tmp_path: Path, text: str, monkeypatch: pyte
         ActivationStore(tmp_path)
     monkeypatch.setattr(activations, "MAX_JSON", 10)
     (tmp_path / "store.json").write_text(json.dumps(SETTINGS.to_json()))
-    with pytest.raises(StoreError, match="too large"):
+    with pytest.raises(StoreError, match="larger than"):
         ActivationStore(tmp_path)

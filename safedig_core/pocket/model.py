@@ -94,6 +94,7 @@ class PocketModel:
 
     steps = 16
     guidance = 2.5
+    batch = 32  # images at a time
 
     def __init__(self, name: str, transformer: nn.Module, words: WordEncoder, autoencoder: Autoencoder):
         self.name = name
@@ -101,6 +102,11 @@ class PocketModel:
         self.words = words.eval().requires_grad_(False)
         self.autoencoder = autoencoder
         self.architecture = architecture_of(transformer)
+
+    @property
+    def sampler(self) -> dict[str, str | int | float]:
+        """What activations depend on besides the model and the prompts."""
+        return {"steps": self.steps}
 
     @torch.no_grad()
     def sample(

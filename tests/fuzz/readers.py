@@ -1,0 +1,159 @@
+"""What is fuzzed: for every reader of strangers' files, how a valid file is made and how it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from safedig_core.activations import ActivationStore, ActivationWriter, StoreError, StoreSettings
+from safedig_core.cli import card_text
+from safedig_core.dictionary import (
+    Action,
+    Card,
+    Dictionary,
+    DictionaryError,
+    Domain,
+    Gate,
+    check,
+    save_adapter,
+)
+from safedig_core.positions import Architecture
+from safedig_core.prompts import PromptError, PromptPair, read_prompts, write_prompts
+from safedig_core.steering import Steering
+from tests.tiny import write_dictionary
+
+SMALL = Architecture("flux", (1, 1), 4, 4)
+PLAN = [Action("text", "repel", "residual", 0.5, (1.0, 0.5)), Action("single.0.img", "blend", "paper", 1.0)]
+PAIRS = [
+    PromptPair("weapons", "a cat and a book", "a cat and a pistol", ("cat",)),
+    PromptPair("safe", 'a "tea cup", 茶'),
+    PromptPair("weapons", "a dog", "a dog and a knife"),
+]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """`make` writes valid files into a folder, of which `victims` are damaged and `read` by turns."""
+
+    make: Callable[[Path], None]
+    victims: tuple[str, ...]
+    read: Callable[[Path], object]
+    error: type[ValueError]  # the one that may come out
+    seal: Callable[[Path], None] = lambda folder: None  # checksums that a stranger would bring up to date
+
+
+def make_dictionary(folder: Path) -> None:
+    options = {"architecture": SMALL, "domains": ("weapons", "shock"), "features": 5, "harmful": 3}
+    write_dictionary(folder / "d.safetensors", PLAN, **options)
+
+
+def make_adapter(folder: Path) -> None:
+    make_dictionary(folder)
+    base = Dictionary.open(folder / "d.safetensors")
+    found = Domain({"text": [1, 4]}, {"text": [1.0, 0.5]}, Gate({"text": 2.0}, 1.0, 0.01, 100))
+    card = Card(SMALL, domains={"substances": found}, base_sha256=base.sha256, title="an adapter")
+    card.plan.append(Action("text", "blend", "residual", 1.0, domain="substances"))
+    rows = {("text", "substances"): (torch.tensor([1, 4]), torch.ones(2, 4))}
+    save_adapter(folder / "a.safetensors", card, rows)
+
+
+def use(dictionary: Dictionary) -> None:
+    """Everything that the nodes and the command line do with one."""
+    card_text(dictionary.card)
+    json.dumps(dictionary.card.to_json(), allow_nan=False)
+    dictionary.without_gates()
+    for position in dictionary.card.positions:
+        dictionary.sae(position)
+        dictionary.harmful(position, list(dictionary.card.domains))
+        for domain in dictionary.card.domains:
+            dictionary.delta(position, domain)
+    plan = [a for a in dictionary.card.plan if a.form == "paper" or a.operator == "repel"]
+    steering = Steering(dictionary, plan)
+    steering.begin(1, 1)
+    steering.step(0, 1.0, slice(0, 1))
+    for position in steering.positions:
+        steering(position, torch.zeros(1, 2, dictionary.card.architecture.width_of(position)))
+
+
+def read_dictionary(folder: Path) -> None:
+    use(Dictionary.open(folder / "d.safetensors"))
+    check(folder / "d.safetensors")
+
+
+def read_adapter(folder: Path) -> None:
+    use(Dictionary.open(folder / "d.safetensors").with_adapters(folder / "a.safetensors"))
+    check(folder / "a.safetensors")
+
+
+def make_prompts(folder: Path) -> None:
+    write_prompts(folder / "p.jsonl", PAIRS)
+    rows = (
+        'domain,unsafe,safe,keep\nweapons,a cat and a pistol,a cat and a book,cat\nsafe,,"a ""tea"", cup",\n'
+    )
+    (folder / "p.csv").write_text(rows, encoding="utf-8")
+
+
+def read_both(folder: Path) -> None:
+    for name in ("p.jsonl", "p.csv"):
+        for pair in read_prompts(folder / name):
+            replace(pair)
+
+
+def make_store(folder: Path) -> None:
+    positions = ("text", "single.0.img")
+    settings = StoreSettings(
+        SMALL,
+        positions,
+        "test",
+        tuple(PAIRS),
+        (0, 3),
+        tokens_per_image=2,
+        sampler={"name": "euler", "cfg": 3.5},
+    )
+    writer = ActivationWriter.open(folder, settings)
+    for group, pairs in enumerate(writer.groups()):
+        shape = len(pairs), settings.sides(pairs[0])
+        shard = {"latents": torch.ones(*shape, 3)}
+        for position in positions:
+            shard[position] = torch.ones(*shape, 2, 2, 4, dtype=torch.bfloat16)
+            shard[f"{position}/tokens"] = torch.tensor([[1, 5]] * len(pairs), dtype=torch.int32)
+        writer.write(group, shard)
+
+
+def seal_store(folder: Path) -> None:
+    for path in folder.glob("shard-*.safetensors"):
+        entry = json.loads(path.with_suffix(".json").read_text())
+        raw = path.read_bytes()
+        entry |= {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
+        path.with_suffix(".json").write_text(json.dumps(entry))
+
+
+def read_store(folder: Path) -> None:
+    store = ActivationStore(folder, partial=True)
+    for pair in store.indices():
+        store.latents([pair])
+        for position in store.positions:
+            store.images(position, [pair])
+    if store.indices():
+        for position in store.positions:
+            list(store.batches(position, 3, 0))
+    ActivationStore(folder).verify()
+
+
+READERS = {
+    "dictionary": Reader(make_dictionary, ("d.safetensors",), read_dictionary, DictionaryError),
+    "adapter": Reader(make_adapter, ("a.safetensors",), read_adapter, DictionaryError),
+    "prompts": Reader(make_prompts, ("p.jsonl", "p.csv"), read_both, PromptError),
+    "store": Reader(
+        make_store,
+        ("store.json", "shard-00000.safetensors", "shard-00000.json", "shard-00001.safetensors"),
+        read_store,
+        StoreError,
+        seal_store,
+    ),
+}
