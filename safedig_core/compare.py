@@ -62,11 +62,11 @@ class Batches:
             number += 1
 
 
-def _ours(data: Batches, s: TrainSettings) -> SAE:
-    return train_sae(data.epoch, s)[0]
+def _ours(data: Batches, s: TrainSettings, lr: float | None) -> SAE:
+    return train_sae(data.epoch, replace(s, lr=lr or s.lr))[0]
 
 
-def _sae_lens(data: Batches, s: TrainSettings) -> SAE:
+def _sae_lens(data: Batches, s: TrainSettings, lr: float | None) -> SAE:
     import sae_lens  # type: ignore
     from sae_lens.config import SAETrainerConfig  # type: ignore
     from sae_lens.training.sae_trainer import SAETrainer  # type: ignore
@@ -83,6 +83,7 @@ def _sae_lens(data: Batches, s: TrainSettings) -> SAE:
             train_batch_size_samples=s.batch,
             dead_feature_window=s.dead_after,
             n_batches_for_norm_estimate=10,
+            lr=lr or SAETrainerConfig.lr,
             **schedule,
         ),
         sae,
@@ -94,7 +95,7 @@ def _sae_lens(data: Batches, s: TrainSettings) -> SAE:
         return import_sae(Path(folder), data.width)[0]
 
 
-def _dictionary_learning(data: Batches, s: TrainSettings) -> SAE:
+def _dictionary_learning(data: Batches, s: TrainSettings, lr: float | None) -> SAE:
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer  # type: ignore
     from dictionary_learning.training import trainSAE  # type: ignore
 
@@ -111,13 +112,14 @@ def _dictionary_learning(data: Batches, s: TrainSettings) -> SAE:
         "threshold_start_step": s.steps // 2,
         "seed": s.seed,
         "device": "cpu",
+        "lr": lr,
     }
     with tempfile.TemporaryDirectory() as folder:
         trainSAE(data, [config], steps=s.steps, save_dir=folder, normalize_activations=True, device="cpu")
         return import_sae(Path(folder) / "trainer_0", data.width)[0]
 
 
-_TRAINERS: dict[str, Callable[[Batches, TrainSettings], SAE]] = {
+_TRAINERS: dict[str, Callable[[Batches, TrainSettings, float | None], SAE]] = {
     "safedig": _ours,
     "sae_lens": _sae_lens,
     "dictionary_learning": _dictionary_learning,
@@ -129,6 +131,7 @@ def training_rows(
     position: str,
     settings: TrainSettings | None = None,
     *,
+    lr: float | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Trains with every library at hand, one after the other, and measures on held-out prompts.
@@ -136,7 +139,8 @@ def training_rows(
     A row is {"library", "tokens_per_s", "fvu", "l0", "dead"}: the batch over the median time from
     one batch to the next, which other work on the machine hardly moves; fvu, l0 and the share of
     features that never fire on the held-out tokens, each SAE with the threshold that leaves k
-    features a token there. `say` is told what runs and what is left out.
+    features a token there. `lr`: one rate for all, in place of each one's own. `say` is told what
+    runs and what is left out.
     """
     s = settings or TrainSettings()
     s = replace(s, warmup=min(s.warmup, s.steps // 10))  # a short run warms up for a tenth of it
@@ -150,7 +154,7 @@ def training_rows(
         say(f"{library}: {s.steps} steps of {s.batch} tokens")
         data = Batches(tokens, s.batch, s.seed)
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            sae = trainer(data, s)
+            sae = trainer(data, s, lr)
         step = median(after - before for before, after in pairwise(data.times))
         rows.append(
             {"library": library, "tokens_per_s": s.batch / step, **quality(with_l0(sae, s.k, unseen), unseen)}
@@ -164,6 +168,7 @@ def main() -> int:
     parser.add_argument("--position", required=True)
     for name in ("features", "k", "steps", "batch", "seed"):
         parser.add_argument(f"--{name}", type=int, default=getattr(TrainSettings, name))
+    parser.add_argument("--lr", type=float, help="one learning rate for all, in place of each one's own")
     parser.add_argument("--json", type=Path, metavar="FILE")
     o = parser.parse_args()
     settings = TrainSettings(features=o.features, k=o.k, steps=o.steps, batch=o.batch, seed=o.seed)
@@ -172,6 +177,7 @@ def main() -> int:
             ActivationStore(o.store),
             o.position,
             settings,
+            lr=o.lr,
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )
     except ValueError as error:
