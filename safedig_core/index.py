@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .card import Card
-from .files import DOMAIN, PathLike, blame, build, need, parse_object, sha256_of
+from .files import DOMAIN, PathLike, blame, build, need, parse_object, read_all, sha256_of
 from .positions import FAMILIES, Position
 
 FORMAT = 1
@@ -218,10 +218,7 @@ def read_index(path: PathLike) -> list[Entry]:
     Raises IndexFileError.
     """
     with blame(IndexFileError, path, _REMEDY):
-        with Path(path).open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        need(len(data) <= MAX_BYTES, f"it is larger than {MAX_BYTES >> 20} MB")
-        entries = parse_index(data.decode())
+        entries = parse_index(read_all(Path(path), MAX_BYTES).decode())
         if Path(path) != PACK_INDEX:
             need(
                 not any(entry.file for entry in entries),
@@ -286,8 +283,9 @@ def entry_for(
 def read_safety(path: PathLike) -> Safety:
     """The safety card from the results that `evaluate` and `demo` write. Raises IndexFileError."""
     with blame(IndexFileError, path, "Give a results.json that `python -m safedig_core evaluate` wrote."):
-        results = parse_object(Path(path).read_text(encoding="utf-8"), "the results")
+        results = parse_object(read_all(Path(path), MAX_BYTES).decode(), "the results")
         known = {f.name for f in fields(Row)}
-        rows = [{k: v for k, v in row.items() if k in known} for row in results.get("rows") or ()]
+        rows = build(list[dict[str, Any]], results.get("rows"), "results.rows")
+        rows = [{k: v for k, v in row.items() if k in known} for row in rows]
         safety = {name: results.get(name) for name in ("model", "seed")} | {"rows": rows}
         return build(Safety, safety, "results")

@@ -221,7 +221,7 @@ def test_an_index_of_any_size_is_not_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "huge.json"
     with path.open("wb") as file:
         file.truncate(1 << 40)  # sparse
-    with pytest.raises(IndexFileError, match="larger than 4 MB"):
+    with pytest.raises(IndexFileError, match="larger than 4 MiB"):
         read_index(path)
 
 

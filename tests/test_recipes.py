@@ -39,6 +39,9 @@ def test_commands_are_understood(model: str) -> None:
     commands = [line for line in block.splitlines() if line.startswith("python -m safedig_core")]
     parsed = [parser().parse_args(shlex.split(command)[3:]) for command in commands]
     assert [o.command for o in parsed] == ["capture", "route", "train", "adapt", "check"]
+    publish = [line for b in BLOCKS for line in b.splitlines() if "safedig_core publish" in line]
+    uploads = [parser().parse_args(shlex.split(line, comments=True)[3:]).upload for line in publish]
+    assert uploads == [False, True]
     options = parsed[0]
     architecture = MODELS[model]
     assert {architecture.group(p) for p in options.positions} == {"text", "bind", "render"}

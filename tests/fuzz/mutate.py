@@ -6,9 +6,11 @@ Every function takes its chances from `rng`, so a seed, hypothesis and atheris c
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import struct
+import zipfile
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -31,6 +33,8 @@ def mutate(rng: Random, data: bytes, name: str) -> bytes:
         kinds += [damage_header, damage_header, damage_shapes, damage_numbers]
     elif name.endswith(".json"):
         kinds += [damage_json] * 3
+    elif name.endswith(".pt"):
+        kinds += [damage_zip] * 3
     elif name.endswith(".jsonl"):
         kinds += [damage_lines, damage_lines]
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
@@ -67,6 +71,23 @@ def damage_json(rng: Random, data: bytes) -> bytes:
         return dump(rng, damage_value(rng, value)).encode("utf-8", "surrogatepass")
     except (ValueError, RecursionError):
         return damage_bytes(rng, data)
+
+
+def damage_zip(rng: Random, data: bytes) -> bytes:
+    """An entry's bytes damaged, in an archive that is whole."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+    except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError, OSError, ValueError, NotImplementedError):
+        return damage_bytes(rng, data)  # earlier damage is in the way
+    out = io.BytesIO()
+    victim = rng.choice(sorted(entries) or [""])
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in entries.items():
+            if name == victim and rng.random() < 0.1:
+                continue
+            archive.writestr(name, damage_bytes(rng, content) if name == victim else content)
+    return out.getvalue()
 
 
 def damage_lines(rng: Random, data: bytes) -> bytes:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from safedig_core.activations import ActivationStore, ActivationWriter, StoreError, StoreSettings
 from safedig_core.cli import card_text
@@ -21,6 +22,18 @@ from safedig_core.dictionary import (
     Gate,
     check,
     save_adapter,
+)
+from safedig_core.foreign_files import ForeignError, read_foreign
+from safedig_core.index import (
+    Entry,
+    IndexFileError,
+    Location,
+    Reference,
+    Row,
+    Safety,
+    index_text,
+    read_index,
+    read_safety,
 )
 from safedig_core.positions import Architecture
 from safedig_core.prompts import PromptError, PromptPair, read_prompts, write_prompts
@@ -45,6 +58,7 @@ class Reader:
     read: Callable[[Path], object]
     error: type[ValueError]  # the one that may come out
     seal: Callable[[Path], None] = lambda folder: None  # checksums that a stranger would bring up to date
+    blames_folder: bool = False  # its errors name the folder, not the file
 
 
 def make_dictionary(folder: Path) -> None:
@@ -145,9 +159,71 @@ def read_store(folder: Path) -> None:
     ActivationStore(folder).verify()
 
 
+def make_index(folder: Path) -> None:
+    share = {"weapons": 0.25, "overall": 0.25}
+    rows = [
+        Row(name, 8, share, {"weapons": [0.1, 0.5]}, share, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0)
+        for name in ("none", "safedig-residual")
+    ]
+    where = Location("some.one/tiny", "0123456789" * 4, "files/tiny.safetensors")
+    entry = Entry(
+        "tiny",
+        "a title",
+        "flux",
+        ["text", "double.1.img"],
+        ["weapons"],
+        1000,
+        "ab" * 32,
+        {"data": "CC0-1.0", "weights": "Apache-2.0"},
+        hub=where,
+        safety=Safety("pocket-flux", 0, rows),
+    )
+    adapter = replace(entry, id="tiny-shock", base="tiny", safety=None)
+    (folder / "index.json").write_text(index_text([entry, adapter]))
+    results = {"format": 1, "model": "pocket-flux", "seed": 0, "rows": [asdict(row) for row in rows]}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def read_index_and_results(folder: Path) -> None:
+    for entry in read_index(folder / "index.json"):
+        assert entry.reference is None or Reference.parse(str(entry.reference)) == entry.reference
+    str(read_safety(folder / "results.json").headline)
+
+
+def make_learning(folder: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    tensors = {
+        "encoder.weight": torch.randn(6, 4, generator=g),
+        "encoder.bias": torch.zeros(6),
+        "decoder.weight": torch.randn(4, 6, generator=g),
+        "b_dec": torch.zeros(4),
+        "k": torch.tensor(2),
+        "threshold": torch.tensor(0.5),
+    }
+    torch.save(tensors, folder / "ae.pt")
+    config = {"trainer": {"dict_class": "BatchTopKSAE", "k": 2}, "buffer": {"d_submodule": 4}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def make_saelens(folder: Path) -> None:
+    tensors = {"W_enc": torch.ones(4, 6), "b_enc": torch.zeros(6), "W_dec": torch.ones(6, 4)}
+    tensors |= {"b_dec": torch.zeros(4), "threshold": torch.ones(6)}
+    save_file(tensors, folder / "sae_weights.safetensors")
+    config = {"architecture": "jumprelu", "d_in": 4, "d_sae": 6, "dtype": "float32", "k": 2}
+    config |= {"normalize_activations": "none", "metadata": {"sae_lens_version": "6.5.0", "l0": 2.5}}
+    (folder / "cfg.json").write_text(json.dumps(config))
+
+
 READERS = {
     "dictionary": Reader(make_dictionary, ("d.safetensors",), read_dictionary, DictionaryError),
     "adapter": Reader(make_adapter, ("a.safetensors",), read_adapter, DictionaryError),
+    "dictionary_learning": Reader(
+        make_learning, ("ae.pt", "config.json"), read_foreign, ForeignError, blames_folder=True
+    ),
+    "saelens": Reader(
+        make_saelens, ("sae_weights.safetensors", "cfg.json"), read_foreign, ForeignError, blames_folder=True
+    ),
+    "index": Reader(make_index, ("index.json", "results.json"), read_index_and_results, IndexFileError),
     "prompts": Reader(make_prompts, ("p.jsonl", "p.csv"), read_both, PromptError),
     "store": Reader(
         make_store,

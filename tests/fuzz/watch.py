@@ -86,6 +86,7 @@ def examine(reader: Reader, folder: Path, victim: str) -> Outcome:
     tracemalloc.stop()
     grown = _resident() - resident
     after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    named = folder.name if reader.blames_folder else victim
     if _touched:
         outcome.problem = f"it touched what it must not: {_touched[0]}"
     elif before != after:
@@ -94,8 +95,8 @@ def examine(reader: Reader, folder: Path, victim: str) -> Outcome:
         outcome.problem = f"it took {seconds:.1f} s"
     elif allocated > TIMES * size + SLACK or grown > TIMES * size + RESIDENT_SLACK:
         outcome.problem = f"it allocated {max(allocated, grown)} bytes for files of {size}"
-    elif outcome.refusal is not None and victim not in outcome.refusal:
-        outcome.problem = f"the error does not name {victim}: {outcome.refusal:.300}"
+    elif outcome.refusal is not None and named not in outcome.refusal:
+        outcome.problem = f"the error does not name {named}: {outcome.refusal:.300}"
     elif outcome.refusal is not None and not (outcome.refusal.isprintable() and len(outcome.refusal) < 5000):
         outcome.problem = f"the error is no line to print: {outcome.refusal!r:.300}"
     return outcome
