@@ -1,4 +1,4 @@
-"""What a loaded model is: its family and shapes."""
+"""What a loaded model is: its family and shapes; and how its activations can be captured."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 from ..safedig_core.positions import Architecture
 
 FAMILIES = {"Flux": "flux", "OpenAISignatureMMDITWrapper": "sd3"}  # AuraFlow has an MMDiT too
+# Deterministic, and one evaluation of the model a step: so a step's number tells its noise level.
+SAMPLERS = ("euler", "dpmpp_2m", "deis", "res_multistep")
+SCHEDULERS = ("simple", "normal", "sgm_uniform", "beta")
 REFUSED = {
     "HiDreamImageTransformer2DModel": "HiDream's blocks can't be hooked",
     "ComfyFluxWrapper": "Nunchaku's FLUX never calls block hooks; load it with Load Diffusion Model instead",
