@@ -66,11 +66,18 @@ class LoadPromptPairs(io.ComfyNode):
                     "without any risk.",
                 ),
                 io.Int.Input(
+                    "skip_per_domain",
+                    default=0,
+                    min=0,
+                    max=100_000,
+                    tooltip="Leaves out the first so many of each domain: what another loader takes.",
+                ),
+                io.Int.Input(
                     "most_per_domain",
                     default=0,
                     min=0,
                     max=100_000,
-                    tooltip="The first so many of each domain. 0: all.",
+                    tooltip="Takes so many of each domain after those. 0: all the rest.",
                 ),
                 types.Prompts.Input("prompts", optional=True, tooltip="Pairs to put before these."),
             ],
@@ -92,11 +99,14 @@ class LoadPromptPairs(io.ComfyNode):
         return f"{file} {stat.st_size} {stat.st_mtime_ns}"
 
     @classmethod
-    def execute(cls, file: str, domains: str, most_per_domain: int, prompts=None) -> io.NodeOutput:
+    def execute(
+        cls, file: str, domains: str, skip_per_domain: int, most_per_domain: int, prompts=None
+    ) -> io.NodeOutput:
         from ..safedig_core.prompts import read_prompts
         from .chain import names_in, texts_of
 
-        pairs = chosen(read_prompts(path_of(file)), names_in(domains), most_per_domain, file)
+        read = read_prompts(path_of(file))
+        pairs = chosen(read, names_in(domains), skip_per_domain, most_per_domain, file)
         pairs = [*(prompts or ()), *pairs]
         again = Counter((pair.unsafe, pair.safe) for pair in pairs).most_common(1)
         if again and again[0][1] > 1:
@@ -108,9 +118,11 @@ class LoadPromptPairs(io.ComfyNode):
         return io.NodeOutput(pairs, texts_of(pairs), ui=ui.PreviewText(text))
 
 
-def chosen(pairs: list[PromptPair], domains: list[str], most: int, name: str) -> list[PromptPair]:
-    """The first `most` (0: all) of each of these domains (none: all). Raises ValueError for a domain
-    that isn't there."""
+def chosen(pairs: list[PromptPair], domains: list[str], skip: int, most: int, name: str) -> list[PromptPair]:
+    """Of each of these domains (none: all) the pairs after the first `skip`, `most` at most (0: all).
+
+    Raises ValueError for a domain that isn't there, and where none is left.
+    """
     there = {pair.domain for pair in pairs}
     for domain in domains:
         if domain not in there:
@@ -119,6 +131,9 @@ def chosen(pairs: list[PromptPair], domains: list[str], most: int, name: str) ->
     kept = []
     for pair in pairs:
         seen[pair.domain] += 1
-        if (not domains or pair.domain in domains) and (most == 0 or seen[pair.domain] <= most):
+        place = seen[pair.domain] - skip
+        if (not domains or pair.domain in domains) and place > 0 and (most == 0 or place <= most):
             kept.append(pair)
+    if not kept:
+        raise ValueError(f"Nothing of {name} is left when the first {skip} of each domain are left out.")
     return kept

@@ -36,7 +36,7 @@ RECIPE = {
 }  # fmt: skip
 
 
-def node(kind: str, **given: Any) -> dict:
+def node(kind: str, /, **given: Any) -> dict:
     return {"class_type": f"SafeDIG{kind}", "inputs": given}
 
 
@@ -53,8 +53,8 @@ def chain(**changes: dict) -> dict[str, dict]:
     """Load, capture, route, train, adapt, save; `changes` are made to a node's inputs."""
     nodes = {
         "pocket": node("LoadPocketModel", name="pocket-flux"),
-        "prompts": node("LoadPromptPairs", file="chain.jsonl", domains="", most_per_domain=0),
-        "tune": node("LoadPromptPairs", file="tune.csv", domains="", most_per_domain=0),
+        "prompts": node("LoadPromptPairs", file="chain.jsonl", domains="", skip_per_domain=0, most_per_domain=0),
+        "tune": node("LoadPromptPairs", file="tune.csv", domains="", skip_per_domain=0, most_per_domain=0),
         "capture": node(
             "CaptureActivations", model=["pocket", 0], clip=["pocket", 1], prompts=["prompts", 0], **CAPTURE
         ),
@@ -80,7 +80,7 @@ def chain(**changes: dict) -> dict[str, dict]:
 def steered(prompt: str, dictionary: dict[str, dict], source: list) -> dict[str, dict]:
     """A picture, plain and steered by the dictionary that `source` gives."""
 
-    def core(kind: str, **given: Any) -> dict:
+    def core(kind: str, /, **given: Any) -> dict:
         return {"class_type": kind, "inputs": given}
 
     sampler = {"seed": 7, "steps": 16, "cfg": 2.5, "sampler_name": "euler", "scheduler": "simple"}
