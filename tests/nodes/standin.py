@@ -343,7 +343,7 @@ def sample_custom(
 
 
 def sample(
-    model: ModelPatcher, noise: Tensor, steps: int, cfg: float, sampler: str, scheduler: str, *args: Any, **kw: Any
+    model: ModelPatcher, noise: Tensor, steps: int, cfg: float, sampler: str, scheduler: str, *args, **kw
 ) -> Tensor:  # fmt: skip
     sigmas = torch.linspace(1, 0, steps + 1)
     return sample_custom(model, noise, cfg, SAMPLERS[sampler], sigmas, *args, **kw)
