@@ -77,7 +77,10 @@ def attach(
 
 def attach_tap(model: Any, tap: Tap, name: str) -> tuple[Any, Attachment]:
     """A clone of `model` in which `tap` is given the positive prompt's rows of each of its positions, and
-    what tells how that went. Raises NotSteered, while it is sampled, where a position is not reached."""
+    what tells how that went. Raises ValueError for a model that is steered, and NotSteered, while it is
+    sampled, where a position is not reached."""
+    if model.get_additional_models_with_key(KEY):
+        raise ValueError("This model is steered: connect it as it is before Apply Blend/Repel Steering.")
     architecture = architecture_of(model)
     for position in tap.positions:
         architecture.require(position)

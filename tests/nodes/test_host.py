@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from safedig_core.dictionary import Action
 from tests.nodes.conftest import pack_module
+from tests.tiny import write_dictionary
 
 host_module = pack_module("nodes.host")
 capture_module = pack_module("safedig_core.capture")
@@ -196,6 +199,18 @@ def test_a_position_that_is_not_reached_is_an_error(world: Any, family: str) -> 
     model.add_wrapper_with_key("calc_cond_batch", "some_cache", skip)
     host = host_module.ComfyHost(model, Clip(), SETTINGS, batch=2)
     with pytest.raises(NotSteered, match=r"^SafeDIG: this run is not read as planned: step 1 .*some_cache"):
+        host.sample(PROMPTS, [1, 2, 3], recorder(["text"], 3))
+
+
+def test_a_model_that_is_steered_is_refused(world: Any, family: str, tmp_path: Path) -> None:
+    host = make(world, family)
+    plan = [Action(BLOCK[family], "repel", "residual", 1.0)]
+    write_dictionary(tmp_path / "d.safetensors", plan, architecture=host.architecture)
+    dictionary = pack_module("safedig_core.dictionary").Dictionary.open(tmp_path / "d.safetensors")
+    steering = pack_module("safedig_core.steering").Steering(dictionary)
+    steered, _ = pack_module("nodes.patching").attach(world.model(family), steering)
+    host = host_module.ComfyHost(steered, Clip(), SETTINGS, batch=2)
+    with pytest.raises(ValueError, match="This model is steered: connect it as it is before"):
         host.sample(PROMPTS, [1, 2, 3], recorder(["text"], 3))
 
 
