@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from .adapt_decoder import AdaptDecoder
 from .apply_steering import ApplySteering
+from .capture_activations import CaptureActivations
 from .load_dictionary import LoadDictionary
 from .load_pocket import LoadPocketModel
+from .load_prompts import LoadPromptPairs
+from .route_positions import RoutePositions
+from .save_dictionary import SaveDictionary
 from .select_positions import SelectPositions
 from .steering_receipt import SteeringReceipt
+from .train_dictionary import TrainDictionary
 
 NODES: list[type[io.ComfyNode]] = [
     LoadDictionary,
@@ -16,4 +22,10 @@ NODES: list[type[io.ComfyNode]] = [
     ApplySteering,
     SteeringReceipt,
     LoadPocketModel,
+    LoadPromptPairs,
+    CaptureActivations,
+    RoutePositions,
+    TrainDictionary,
+    AdaptDecoder,
+    SaveDictionary,
 ]

@@ -1,4 +1,7 @@
-"""Steering inside a ComfyUI model: the one module that touches a ModelPatcher.
+"""Taps inside a ComfyUI model: the one module that touches a ModelPatcher.
+
+A tap sees, and may change, activations while the model is sampled: steering is one, and what reads
+activations for a capture another.
 
 Nothing is written into the model's block replacements. Wrappers put the hooks in for the length of
 one forward pass, around whatever replacement is there by then, so that it makes no difference
@@ -7,7 +10,7 @@ whether another node set it before or after. Four wrappers, from the outside in:
     OUTER_SAMPLE    guard     checks before and after a run
     SAMPLER_SAMPLE  sample    makes the run's buffers, once the models are on their device
     PREDICT_NOISE   evaluate  one evaluation of the model: the step that the receipt counts
-    APPLY_MODEL     forward   one forward pass: which rows to steer, the text, the hooks
+    APPLY_MODEL     forward   one forward pass: which rows the tap is given, the text, the hooks
 
 State belongs to a run, and a run to one Attachment: samplers that share a model run in turn.
 """
@@ -18,15 +21,17 @@ import logging
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..safedig_core.hosts import Tap
 from ..safedig_core.positions import Architecture, Position
-from ..safedig_core.sae import SAE
-from ..safedig_core.steering import RiskFound, Site, Steering
+from ..safedig_core.steering import RiskFound, Steering
+from .models import architecture_of, transformer_of
+from .weights import SteeringWeights
 
 log = logging.getLogger("safedig")
 
@@ -36,36 +41,12 @@ POLICIES = ("block", "warn", "off")
 # the values of comfy.patcher_extension.WrappersMP
 OUTER_SAMPLE, SAMPLER_SAMPLE = "outer_sample", "sampler_sample"
 PREDICT_NOISE, APPLY_MODEL = "predict_noise", "apply_model"
-FAMILIES = {"Flux": "flux", "OpenAISignatureMMDITWrapper": "sd3"}  # AuraFlow has an MMDiT too
-REFUSED = {
-    "HiDreamImageTransformer2DModel": "HiDream's blocks can't be hooked",
-    "ComfyFluxWrapper": "Nunchaku's FLUX never calls block hooks; load it with Load Diffusion Model instead",
-}
 # evaluations that a run has room for, per step: heun and its like take two, seeds_3 three
 EVALUATIONS_A_STEP = 3
 
 
 class NotSteered(RuntimeError):
-    """A run was not steered as planned; says where and, as far as can be told, by whose doing."""
-
-
-def architecture_of(model: Any) -> Architecture:
-    """The shapes of a loaded model. Raises ValueError, naming it, where it can't be steered."""
-    module = _transformer(model)
-    name = type(module).__name__
-    if name not in FAMILIES:
-        reason = REFUSED.get(name, "SafeDIG knows how to steer FLUX.1 and SD3.5")
-        raise ValueError(f"This model ({name}) can't be steered: {reason}.")
-    if FAMILIES[name] == "flux":
-        blocks = (len(module.double_blocks), len(module.single_blocks))
-        return Architecture("flux", blocks, module.hidden_size, module.params.context_in_dim)
-    text_width = module.context_embedder.in_features
-    return Architecture("sd3", (len(module.joint_blocks), 0), module.hidden_size, text_width)
-
-
-def _transformer(model: Any) -> Any:
-    module = model.get_model_object("diffusion_model")
-    return getattr(module, "_orig_mod", module)  # torch.compile's wrapping
+    """A run was not steered, or read, as planned; says where and, as far as can be told, by whose doing."""
 
 
 def attach(
@@ -76,7 +57,7 @@ def attach(
     policy: str = "block",
     name: str = "Apply Blend/Repel Steering",
     run_of: Callable[[], tuple[str, str]] = lambda: ("", ""),
-) -> tuple[Any, Attachment]:
+) -> tuple[Any, SteeringAttachment]:
     """A clone of `model` that `steering` acts in, and what tells how that went.
 
     `run_of` gives the ids of the prompt and of the node that are being executed. Raises ValueError
@@ -84,14 +65,34 @@ def attach(
     """
     architecture = architecture_of(model)
     steering.dictionary.check_fits(architecture)
-    patch_size = _transformer(model).patch_size
-    attachment = Attachment(steering, architecture, patch_size, branch, policy, name, run_of)
-    clone = model.clone()
-    for kind, wrapper in attachment.wrappers().items():
-        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    attachment = SteeringAttachment(
+        steering, architecture, transformer_of(model).patch_size, branch, policy, name
+    )
+    attachment.run_of = run_of
+    clone = _with_wrappers(model, attachment)
     others = clone.get_additional_models_with_key(KEY)  # of Apply nodes before this one
     clone.set_additional_models(KEY, [*others, attachment.managed_model()])
     return clone, attachment
+
+
+def attach_tap(model: Any, tap: Tap, name: str) -> tuple[Any, Attachment]:
+    """A clone of `model` in which `tap` is given the positive prompt's rows of each of its positions, and
+    what tells how that went. Raises ValueError for a model that is steered, and NotSteered, while it is
+    sampled, where a position is not reached."""
+    if model.get_additional_models_with_key(KEY):
+        raise ValueError("This model is steered: connect it as it is before Apply Blend/Repel Steering.")
+    architecture = architecture_of(model)
+    for position in tap.positions:
+        architecture.require(position)
+    attachment = Attachment(tap, architecture, transformer_of(model).patch_size, "positive", "block", name)
+    return _with_wrappers(model, attachment), attachment
+
+
+def _with_wrappers(model: Any, attachment: Attachment) -> Any:
+    clone = model.clone()
+    for kind, wrapper in attachment.wrappers().items():
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    return clone
 
 
 @dataclass
@@ -115,31 +116,26 @@ class Run:
 
 
 class Attachment:
-    """One Apply node's steering on one model, and the record of its runs."""
+    """A tap on one model, and the record of its runs."""
+
+    purpose = "read"
+    remedy = "Remove what skips or replaces parts of the model."
 
     def __init__(
-        self,
-        steering: Steering,
-        architecture: Architecture,
-        patch_size: int,
-        branch: str,
-        policy: str,
-        name: str,
-        run_of: Callable[[], tuple[str, str]],
+        self, tap: Tap, architecture: Architecture, patch_size: int, branch: str, policy: str, name: str
     ):
         for value, allowed in ((branch, BRANCHES), (policy, POLICIES)):
             if value not in allowed:
                 raise ValueError(f"'{value}' is not one of {', '.join(allowed)}")
-        self.steering, self.architecture, self._patch_size = steering, architecture, patch_size
+        self.tap, self.architecture, self._patch_size = tap, architecture, patch_size
         self.branch, self.policy, self.name = branch, policy, name
         self.runs: list[Run] = []  # of the latest prompt
-        self._run_of = run_of
-        self._weights = _Weights(steering.sites)
+        self.run_of: Callable[[], tuple[str, str]] = lambda: ("", "")
         self._run: Run | None = None
         self._rows: list[slice] = []
         self._negative: set[object] = set()
         self._hooks = self._make_hooks()
-        self._steer: Callable[[str, Tensor], Tensor] = self._steer_eagerly
+        self._give: Callable[[str, Tensor], Tensor] = self._give_eagerly
 
     def wrappers(self) -> dict[str, Callable]:
         return {
@@ -149,23 +145,24 @@ class Attachment:
             APPLY_MODEL: self.forward,
         }
 
-    def managed_model(self) -> Any:
-        """The dictionary's rows as a model that ComfyUI counts, moves and frees."""
-        from comfy import model_management
-        from comfy.model_patcher import ModelPatcher
+    # What steering does differently.
 
-        return ModelPatcher(
-            self._weights,
-            load_device=model_management.get_torch_device(),
-            offload_device=model_management.unet_offload_device(),
-        )
+    def _begin(self, noise: Tensor, run: Run) -> None:
+        self.tap.begin(len(noise), run.room)
+
+    def _level(self, sigma: Tensor) -> Any:
+        """The noise level as the tap wants it: a number, which waits for the device."""
+        return sigma.item()
+
+    def _results(self, run: Run) -> dict[str, Any]:
+        return {}
 
     # The wrappers.
 
     def guard(
         self, executor: Any, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, *args, **kwargs
     ):
-        prompt, node = self._run_of()
+        prompt, node = self.run_of()
         if self.runs and self.runs[-1].prompt != prompt:
             self.runs.clear()
         steps = len(sigmas) - 1
@@ -181,7 +178,6 @@ class Attachment:
             run.result |= self._results(run)
             self._run = None
             self._rows = []
-            self.steering.sites = self._weights.sites
         return out
 
     def sample(
@@ -191,13 +187,13 @@ class Attachment:
         if run is not None:
             conds = guider.conds.items()
             self._negative = {c["uuid"] for name, group in conds if "negative" in name for c in group}
-            self.steering.sites = self._weights.sites
-            self.steering.begin(len(noise), run.room, noise.device, math.prod(self._grid(noise)))
+            self._images = len(noise)
+            self._begin(noise, run)
             self._sigmas = torch.zeros(run.room, device=noise.device)
             run.grid, run.ready = self._grid(noise), True
-            if "torch._dynamo" in sys.modules and self._steer == self._steer_eagerly:
+            if "torch._dynamo" in sys.modules and self._give == self._give_eagerly:
                 disable: Any = torch.compiler.disable  # would import it, which takes seconds
-                self._steer = disable(self._steer_eagerly)
+                self._give = disable(self._give_eagerly)
         return executor(guider, sigmas, extra, callback, noise, *args)
 
     def evaluate(self, executor: Any, x: Tensor, timestep: Tensor, *args, **kwargs) -> Tensor:
@@ -208,8 +204,9 @@ class Attachment:
         if len(run.planned) == run.index:
             run.planned.append(0)
         before = run.planned[-1]
+        self._called = dict.fromkeys(self.tap.positions, 0)
         out = executor(x, timestep, *args, **kwargs)
-        self._check_evaluation(before)
+        self._check_evaluation(run.planned[-1] - before)
         run.evaluations += 1
         return out
 
@@ -229,12 +226,12 @@ class Attachment:
         if run is None or not run.planned:
             self._problem("the model was called outside a run that SafeDIG saw begin")
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        self._rows = self._steered_rows(x, options)
+        self._rows = self._given_rows(x, options)
         self._tokens, self._text_tokens = math.prod(self._grid(x)), None
-        self._sigma = t.flatten()[0]
+        self._sigma = self._level(t.flatten()[0])
         run.planned[-1] += len(self._rows)
-        if "text" in self.steering.sites and c_crossattn is not None:
-            c_crossattn = self._steer("text", c_crossattn.to(x.device))
+        if "text" in self.tap.positions and c_crossattn is not None:
+            c_crossattn = self._give("text", c_crossattn.to(x.device))
         replaced = options.get("patches_replace", {})
         blocks = dict(replaced.get("dit", {}))
         for key, hook in self._hooks.items():
@@ -249,9 +246,9 @@ class Attachment:
     # What they share.
 
     def _make_hooks(self) -> dict[tuple[str, int], _BlockHook]:
-        """One hook per block, with the names of the streams to steer there."""
+        """One hook per block, with the names of the streams that the tap wants there."""
         hooks: dict[tuple[str, int], _BlockHook] = {}
-        for name in self.steering.positions:
+        for name in self.tap.positions:
             position = Position.parse(name)
             if position.kind == "text":
                 continue
@@ -262,36 +259,37 @@ class Attachment:
                 hooks.setdefault(("double_block", 0), _BlockHook(self, False))
         return hooks
 
-    def _steered_rows(self, x: Tensor, options: dict) -> list[slice]:
-        """The rows of each part of the batch that is to be steered, one part per conditioning."""
+    def _given_rows(self, x: Tensor, options: dict) -> list[slice]:
+        """The rows of each part of the batch that is the tap's, one part per conditioning."""
         uuids = options.get("uuids", [None])  # without, it is a sampler of its own kind: no branches
         size = len(x) // len(uuids)
-        if size != len(self.steering.evidence):
-            expected = len(self.steering.evidence)
+        if size != self._images:
+            expected = self._images
             raise NotSteered(f"{self.name}: a batch of {size} images where the run began with {expected}.")
         wanted = {"positive": (False,), "negative": (True,), "both": (False, True)}[self.branch]
-        steered = [i for i, uuid in enumerate(uuids) if (uuid in self._negative) in wanted]
-        return [slice(i * size, (i + 1) * size) for i in steered]
+        given = [i for i, uuid in enumerate(uuids) if (uuid in self._negative) in wanted]
+        return [slice(i * size, (i + 1) * size) for i in given]
 
     def _grid(self, latent: Tensor) -> tuple[int, int]:
         """Rows and columns of a latent's [B, C, H, W] own tokens; reference pictures have others."""
         height, width = latent.shape[-2:]
         return -(-height // self._patch_size), -(-width // self._patch_size)
 
-    def _steer_eagerly(self, position: str, a: Tensor) -> Tensor:
+    def _give_eagerly(self, position: str, a: Tensor) -> Tensor:
         assert self._run is not None
         for rows in self._rows:
-            self.steering.step(self._run.index, self._sigma, rows)
-            a = self.steering(position, a)
+            self._called[position] += 1
+            self.tap.step(self._run.index, self._sigma, rows)
+            a = self.tap(position, a)
         return a
 
-    def steer(self, position: str, a: Tensor, start: int, stop: int) -> Tensor:
-        """a [B, T, d] with its tokens from start to stop steered."""
+    def give(self, position: str, a: Tensor, start: int, stop: int) -> Tensor:
+        """a [B, T, d] with what the tap makes of its tokens from start to stop."""
         if not self._rows:
             return a
         if start == 0 and stop >= a.shape[1]:
-            return self._steer(position, a)
-        part = self._steer(position, a[:, start:stop])
+            return self._give(position, a)
+        part = self._give(position, a[:, start:stop])
         return torch.cat([a[:, :start], part, a[:, stop:]], 1)
 
     def _check_before(self, guider: Any) -> None:
@@ -313,26 +311,21 @@ class Attachment:
                 present[kind] = {k: v for k, v in by_key.items() if k != KEY} | {KEY: by_key[KEY]}
         self._others = _others(guider.model_options)
 
-    def _check_evaluation(self, before: int) -> None:
+    def _check_evaluation(self, planned: int) -> None:
         """That every position was called as often as this evaluation's forward passes planned."""
         assert self._run is not None
-        run, planned = self._run, self._run.planned[-1]
-        at = f"step {run.evaluations + 1}"
-        if planned == before:
+        at = f"step {self._run.evaluations + 1}"
+        if planned == 0:
             self._problem(f"{at} went by without a forward pass of the {self.branch} prompt: it was skipped")
             return
-        made = self.steering.calls[:, run.index].tolist()
-        missed = [p for p, n in zip(self.steering.positions, made, strict=True) if n != planned]
+        missed = [position for position, made in self._called.items() if made != planned]
         if missed:
             self._problem(f"{at}: {', '.join(missed)} not reached, though the model ran")
 
     def _problem(self, text: str) -> None:
         """Refuses to go on, warns, or only takes note, as the policy says."""
         others = f" Also acting on this model: {', '.join(self._others)}." if self._others else ""
-        message = (
-            f"{self.name}: this run is not steered as planned: {text}.{others} "
-            "Remove what skips or replaces parts of the model, or set the policy to 'warn'."
-        )
+        message = f"{self.name}: this run is not {self.purpose} as planned: {text}.{others} {self.remedy}"
         if self.policy == "block":
             raise NotSteered(message)
         problems = self._run.problems if self._run is not None else []
@@ -342,8 +335,39 @@ class Attachment:
 
     _others: tuple[str, ...] = ()
 
+
+class SteeringAttachment(Attachment):
+    """One Apply node's steering on one model, and the record of its runs."""
+
+    purpose = "steered"
+    remedy = "Remove what skips or replaces parts of the model, or set the policy to 'warn'."
+
+    def __init__(self, steering: Steering, *args: Any):
+        super().__init__(steering, *args)
+        self.steering = steering
+        self._weights = SteeringWeights(steering.sites)
+
+    def managed_model(self) -> Any:
+        """The dictionary's rows as a model that ComfyUI counts, moves and frees."""
+        from comfy import model_management
+        from comfy.model_patcher import ModelPatcher
+
+        return ModelPatcher(
+            self._weights,
+            load_device=model_management.get_torch_device(),
+            offload_device=model_management.unet_offload_device(),
+        )
+
+    def _begin(self, noise: Tensor, run: Run) -> None:
+        self.steering.sites = self._weights.sites
+        self.steering.begin(len(noise), run.room, noise.device, math.prod(self._grid(noise)))
+
+    def _level(self, sigma: Tensor) -> Tensor:
+        return sigma  # stays on the device
+
     def _results(self, run: Run) -> dict[str, Any]:
         """The run's numbers, read back from the device, once."""
+        self.steering.sites = self._weights.sites  # a run leaves no copies behind
         if not run.planned:
             return {}
         count = len(run.planned)
@@ -361,7 +385,7 @@ class Attachment:
 
 
 class _BlockHook:
-    """Stands in for one block: calls what stood there, then steers the streams that come out."""
+    """Stands in for one block: calls what stood there, then gives the tap the streams that come out."""
 
     def __init__(self, attachment: Attachment, single: bool):
         self._attachment, self._single = attachment, single
@@ -376,45 +400,17 @@ class _BlockHook:
             if first is None:  # no double block ran; that its positions were not reached comes out later
                 return out
             if "txt" in self.streams:
-                image = host.steer(self.streams["txt"], image, 0, first)
+                image = host.give(self.streams["txt"], image, 0, first)
             if "img" in self.streams:
-                image = host.steer(self.streams["img"], image, first, first + host._tokens)
+                image = host.give(self.streams["img"], image, first, first + host._tokens)
             return {**out, "img": image}
         if text is not None:
             host._text_tokens = text.shape[1]
             if "txt" in self.streams:
-                text = host.steer(self.streams["txt"], text, 0, text.shape[1])
+                text = host.give(self.streams["txt"], text, 0, text.shape[1])
         if "img" in self.streams:
-            image = host.steer(self.streams["img"], image, 0, host._tokens)
+            image = host.give(self.streams["img"], image, 0, host._tokens)
         return {**out, "img": image, "txt": text}
-
-
-class _Weights(nn.Module):
-    """The tensors of compiled sites as parameters of one module.
-
-    `sites` hold the very same parameters, so moving the module moves them.
-    """
-
-    def __init__(self, sites: dict[str, Site]):
-        super().__init__()
-        self.sites = {name: self._own(site) for name, site in sites.items()}
-
-    def _own(self, site: Site) -> Site:
-        return replace(
-            site,
-            **self._tensors(site),
-            delta={d: self._register(t) for d, t in site.delta.items()},
-            transferred={d: SAE(**self._tensors(sae)) for d, sae in site.transferred.items()},
-        )
-
-    def _tensors(self, owner: Site | SAE) -> dict[str, Any]:
-        values = {f.name: getattr(owner, f.name) for f in fields(owner)}
-        return {name: self._register(t) for name, t in values.items() if isinstance(t, Tensor)}
-
-    def _register(self, tensor: Tensor) -> nn.Parameter:
-        parameter = nn.Parameter(tensor, requires_grad=False)
-        self.register_parameter(f"row{len(self._parameters)}", parameter)
-        return parameter
 
 
 def _others(model_options: dict) -> tuple[str, ...]:
@@ -437,6 +433,8 @@ __all__ = [
     "NotSteered",
     "RiskFound",
     "Run",
+    "SteeringAttachment",
     "architecture_of",
     "attach",
+    "attach_tap",
 ]

@@ -1,12 +1,16 @@
-"""The receipt's pictures, as IMAGE tensors [B, H, W, 3] in [0, 1]."""
+"""The nodes' pictures, as IMAGE tensors [B, H, W, 3] in [0, 1]."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+if TYPE_CHECKING:
+    from ..safedig_core.routing import Route
 
 HEAT = (1.0, 0.15, 0.05)
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
@@ -67,3 +71,37 @@ def _lines(run: dict[str, Any]) -> list[tuple[str, list[float]]]:
             limit = found["threshold"] or 1.0
             lines.append((domain, [step[i][d] / limit for step in run["evidence"]]))
     return lines
+
+
+def route_heatmap(routes: Sequence[Route], positions: Sequence[str], chosen: Collection[str]) -> Tensor:
+    """A row per position, from the first block down; columns are each operator's score and its terms.
+    Redder is higher, in each column for itself; chosen positions are framed."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    operators = sorted({r.operator for r in routes})
+    columns = [(o, name) for o in operators for name in ("score", *routes[0].terms)]
+    value = {
+        (r.position, r.operator, n): v for r in routes for n, v in (("score", r.score), *r.terms.items())
+    }
+    left, top, width, height = 120, 40, 62, 20
+    size = left + width * len(columns) + 10, top + height * len(positions) + 10
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    for column, (operator, name) in enumerate(columns):
+        x = left + width * column
+        draw.text((x + 3, 6), operator, fill="black")
+        draw.text((x + 3, 20), name, fill="black")
+        values = [value[position, operator, name] for position in positions]
+        low, span = min(values), max(max(values) - min(values), 1e-6)
+        for row, number in enumerate(values):
+            y, heat = top + height * row, (number - low) / span
+            colour = tuple(round(255 * (1 + heat * (h - 1))) for h in HEAT)
+            draw.rectangle((x, y, x + width - 2, y + height - 2), fill=colour)
+            draw.text((x + 14, y + 3), f"{number:.3f}", fill="black")
+    for row, position in enumerate(positions):
+        y = top + height * row
+        draw.text((8, y + 3), position, fill="black")
+        if position in chosen:
+            draw.rectangle((4, y - 1, size[0] - 8, y + height - 1), outline="black", width=2)
+    return torch.from_numpy(np.array(picture)).float()[None] / 255

@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from . import types
 
 if TYPE_CHECKING:
-    from .patching import Attachment, Run
+    from .patching import Run, SteeringAttachment
 
 FORMAT = 1
 
@@ -55,7 +55,7 @@ class SteeringReceipt(io.ComfyNode):
         return io.NodeOutput(images, heat, plot, encoded, ui=shown | {"safedig_receipt": [encoded]})
 
 
-def report_of(receipt: Attachment) -> dict[str, Any]:
+def report_of(receipt: SteeringAttachment) -> dict[str, Any]:
     """The receipt as JSON. Raises NotSteered where nothing was sampled and the policy is block."""
     from .patching import NotSteered
 

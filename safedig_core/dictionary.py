@@ -127,6 +127,11 @@ class Dictionary:
         """The plans that added adapters came with, by domain."""
         return {domain: file.card.plan for domain, file in self._adapters.items()}
 
+    @property
+    def adapter_paths(self) -> dict[str, Path]:
+        """The files of added adapters, by domain."""
+        return {domain: file.path for domain, file in self._adapters.items()}
+
     def without_gates(self) -> Dictionary:
         """This dictionary with no gate at any domain."""
         domains = {name: replace(domain, gate=None) for name, domain in self.card.domains.items()}

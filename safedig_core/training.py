@@ -199,7 +199,8 @@ def train_sae(
 ) -> tuple[SAE, list[dict[str, float]]]:
     """Trains on `batches(epoch)`, which yields activations [batch, d], for `settings.steps` steps.
 
-    With `checkpoint`, a killed run continues where it was and ends in the same SAE. The processes of
+    With `checkpoint`, a killed run continues where it was and ends in the same SAE; what `progress`
+    raises, every 25 steps, ends the run with its checkpoint written. The processes of
     `group` are given the same batches and share the rows of each: all end in the SAE of one process
     up to the order of sums, and the first writes checkpoints. Returns the SAE, on the CPU, and the
     training curve (fvu, l0, dead per 25 steps). Raises ValueError on no data.
@@ -238,7 +239,12 @@ def train_sae(
             point = {name: value.item() for name, value in figures.items()}
             curve.append({"step": step + 1, **point})
             if progress is not None:
-                progress(step + 1, point)
+                try:
+                    progress(step + 1, point)
+                except BaseException:  # cancelled: what has been learnt is kept
+                    if checkpoint is not None and group.rank == 0:
+                        _save_checkpoint(checkpoint, settings, trainee, optimizer, step + 1, curve)
+                    raise
         saved = (step + 1) % 250 == 0 or step + 1 == settings.steps
         if checkpoint is not None and saved and group.rank == 0:
             _save_checkpoint(checkpoint, settings, trainee, optimizer, step + 1, curve)

@@ -1,4 +1,4 @@
-// The views of SafeDIG's nodes: a dictionary's card, the map of positions, the receipt.
+// The views of SafeDIG's nodes: a dictionary's card, the map of positions, the receipt, reports.
 // DOM widgets only, which work on the classic canvas and in Nodes 2.0; none is saved with a workflow.
 
 import { api } from "../../scripts/api.js";
@@ -237,10 +237,26 @@ function showReceipt(node) {
   };
 }
 
+/** What a node of the offline chain said when it had run. */
+function showReport(node) {
+  const view = addView(node, "report_view", 44);
+  const executed = node.onExecuted;
+  node.onExecuted = function (output, ...rest) {
+    executed?.call(this, output, ...rest);
+    view.replaceChildren(element("pre", "", output.text[0]));
+  };
+}
+
 const VIEWS = {
   SafeDIGLoadDictionary: showCard,
   SafeDIGSelectPositions: showMap,
   SafeDIGSteeringReceipt: showReceipt,
+  SafeDIGLoadPromptPairs: showReport,
+  SafeDIGCaptureActivations: showReport,
+  SafeDIGRoutePositions: showReport,
+  SafeDIGTrainDictionary: showReport,
+  SafeDIGAdaptDecoder: showReport,
+  SafeDIGSaveDictionary: showReport,
 };
 
 app.registerExtension({

@@ -8,6 +8,7 @@ with their replacements. The same contracts run against the real ComfyUI where i
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import uuid
 from collections.abc import Callable
@@ -168,8 +169,21 @@ def _wrappers(options: dict, kind: str) -> list[Callable]:
     return [w for group in options.get("wrappers", {}).get(kind, {}).values() for w in group]
 
 
-class BaseModel:
+class LatentFormat:
+    latent_channels = 16
+
+    def process_in(self, latent: Tensor) -> Tensor:
+        return (latent - 0.1) * 0.5
+
+    def process_out(self, latent: Tensor) -> Tensor:
+        return latent / 0.5 + 0.1
+
+
+class BaseModel(nn.Module):
+    latent_format = LatentFormat()
+
     def __init__(self, transformer: nn.Module):
+        super().__init__()
         self.diffusion_model = transformer
 
     def apply_model(
@@ -192,6 +206,8 @@ class ModelPatcher:
         self.wrappers: dict[str, dict[str, list[Callable]]] = {}
         self.additional_models: dict[str, list[ModelPatcher]] = {}
         self.object_patches: dict[str, Any] = {}
+        self.patches: dict[str, list] = {}
+        self.backup: dict[str, Any] = {}
 
     def clone(self) -> ModelPatcher:
         other = ModelPatcher(self.model, self.load_device, self.offload_device)
@@ -219,6 +235,12 @@ class ModelPatcher:
 
     def get_model_object(self, name: str) -> Any:
         return self.object_patches.get(name, getattr(self.model, name))
+
+    def add_patches(self, patches: dict[str, tuple], strength: float) -> None:
+        self.patches |= {key: [(strength, value, 1.0, None, None)] for key, value in patches.items()}
+
+    def memory_required(self, shape: list[int]) -> int:
+        return 4 * math.prod(shape)
 
 
 def _copied(value: Any) -> Any:
@@ -291,6 +313,42 @@ def heun(guider: Guider, sigmas: Tensor, extra: dict, callback: Any, noise: Tens
     return x
 
 
+SAMPLERS = {"euler": euler, "heun": heun}
+
+
+class KSampler:
+    def __init__(self, model: Any, steps: int, device: Any, sampler: str, scheduler: str, denoise: float):
+        self.sigmas = torch.linspace(1, 0, steps + 1)
+
+
+def sample_custom(
+    model: ModelPatcher, noise: Tensor, cfg: float, sampler: Callable, sigmas: Tensor, positive: list,
+    negative: list, latent: Tensor, callback: Callable, disable_pbar: bool, seed: int,
+) -> Tensor:  # fmt: skip
+    """As comfy.sample has it: latents in and out are in the latent format's scale, but zeros stay zeros."""
+    form = model.get_model_object("latent_format")
+    conds = {
+        name: [{"prompt": sequence, "uuid": uuid.uuid4()} for sequence, _ in group]
+        for name, group in (("positive", positive), ("negative", negative))
+    }
+    if latent.any():
+        latent = form.process_in(latent)
+
+    def stepping(
+        guider: Guider, sigmas: Tensor, extra: dict, _: Any, noise: Tensor, latent: Tensor
+    ) -> Tensor:
+        return sampler(guider, sigmas, extra, callback, noise, (1 - sigmas[0]) * latent)
+
+    return form.process_out(Guider(model, conds, cfg, together=True).sample(noise, latent, stepping, sigmas))
+
+
+def sample(
+    model: ModelPatcher, noise: Tensor, steps: int, cfg: float, sampler: str, scheduler: str, *args, **kw
+) -> Tensor:  # fmt: skip
+    sigmas = torch.linspace(1, 0, steps + 1)
+    return sample_custom(model, noise, cfg, SAMPLERS[sampler], sigmas, *args, **kw)
+
+
 class World:
     """What the contracts ask of ComfyUI, here of the stand-in."""
 
@@ -303,12 +361,17 @@ class World:
             "comfy.model_management": {
                 "get_torch_device": lambda: torch.device("cpu"),
                 "unet_offload_device": lambda: torch.device("cpu"),
+                "throw_exception_if_processing_interrupted": lambda: None,
+                "get_free_memory": lambda device: 1 << 34,
+                "get_total_memory": lambda device: 1 << 34,
             },
+            "comfy.sample": {"sample": sample, "sample_custom": sample_custom},
+            "comfy.samplers": {"KSampler": KSampler, "sampler_object": SAMPLERS.__getitem__},
         }.items():
             fake = ModuleType(module)
             vars(fake).update(contents)
             patch.setitem(sys.modules, module, fake)
-        for name in ("model_patcher", "model_management"):
+        for name in ("model_patcher", "model_management", "sample", "samplers"):
             setattr(sys.modules["comfy"], name, sys.modules[f"comfy.{name}"])
 
     def model(self, family: str, dtype: torch.dtype = torch.float32) -> ModelPatcher:
@@ -348,6 +411,4 @@ class World:
         noise = torch.randn(images, 16, size, size, generator=torch.Generator().manual_seed(seed))
         guider = Guider(model, conds, cfg, together)
         latent = torch.zeros_like(noise)
-        return guider.sample(
-            noise, latent, {"euler": euler, "heun": heun}[sampler], torch.linspace(1, 0, steps + 1)
-        )
+        return guider.sample(noise, latent, SAMPLERS[sampler], torch.linspace(1, 0, steps + 1))

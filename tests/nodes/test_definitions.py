@@ -14,7 +14,12 @@ ROOT = Path(__file__).parents[2]
 SNAPSHOT = Path(__file__).parent / "definitions.json"
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 NO_NODES = {"MarkdownNote", "Note", "Reroute"}  # the frontend's own
-FILES = {"unet_name", "ckpt_name", "vae_name", "dictionary", "clip_name1", "clip_name2", "clip_name3"}
+FILES = {"unet_name", "ckpt_name", "vae_name", "dictionary", "file", "clip_name1", "clip_name2", "clip_name3"}
+STEERING = {"SafeDIGLoadDictionary", "SafeDIGApplySteering", "SafeDIGSteeringReceipt"}
+MAKING = {
+    "SafeDIGLoadPromptPairs", "SafeDIGCaptureActivations", "SafeDIGRoutePositions", "SafeDIGTrainDictionary",
+    "SafeDIGAdaptDecoder", "SafeDIGSaveDictionary",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -137,13 +142,14 @@ def test_example_workflows_load(path: Path, definitions: dict[str, dict]) -> Non
     assert workflow["version"] == 0.4
     prompt = as_prompt(workflow, definitions)
     kinds = {node["class_type"] for node in prompt.values()}
-    assert {"SafeDIGLoadDictionary", "SafeDIGApplySteering", "SafeDIGSteeringReceipt"} <= kinds
+    assert (MAKING if path.stem.startswith("make_dictionary") else STEERING) <= kinds
     assert path.with_suffix(".png").is_file(), "a workflow needs a preview picture of the same name"
 
 
 def test_there_are_example_workflows() -> None:
     assert {path.stem for path in WORKFLOWS} == {
-        "flux1_dev", "pocket_quick_start", "sd35_large", "stacked_dictionaries",
+        "flux1_dev", "make_dictionary_flux1_dev", "make_dictionary_pocket", "make_dictionary_sd35_large",
+        "pocket_quick_start", "sd35_large", "stacked_dictionaries",
     }  # fmt: skip
 
 

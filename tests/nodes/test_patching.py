@@ -453,7 +453,7 @@ def test_another_model_under_the_same_wrappers_is_refused(world: Any, family: st
 
 def test_a_run_without_steps_is_no_fault(world: Any, family: str, build: Any) -> None:
     model, attachment = patching.attach(world.model(family), build())
-    assert sample(world, model, steps=0).isfinite().all()
+    assert torch.equal(sample(world, model, steps=0), sample(world, world.model(family), steps=0))
     assert attachment.runs[-1].evaluations == 0 and not attachment.runs[-1].problems
 
 

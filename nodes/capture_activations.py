@@ -1,0 +1,135 @@
+"""Capture Activations: samples prompt pairs, and stores what goes through the model at some positions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from . import types
+from .models import SAMPLERS, SCHEDULERS
+
+
+class CaptureActivations(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SafeDIGCaptureActivations",
+            display_name="Capture Activations",
+            category=types.MAKING,
+            description="Samples both prompts of every pair from the same noise and stores the activations. "
+            "Stop it at any time: queued again, it goes on where it was.",
+            is_input_list=True,
+            inputs=[
+                io.Model.Input("model"),
+                types.Prompts.Input("prompts"),
+                io.String.Input(
+                    "name", default="capture", tooltip="The folder for all of it: output/safedig/<name>."
+                ),
+                io.String.Input(
+                    "positions",
+                    default="",
+                    multiline=True,
+                    tooltip="Names such as double.18.img, separated by commas or lines. Empty: all, which is "
+                    "far too much of a full-size model.",
+                ),
+                io.Int.Input(
+                    "captured_steps",
+                    default=6,
+                    min=1,
+                    max=100,
+                    tooltip="At how many of the sampling steps, evenly spread.",
+                ),
+                io.Int.Input(
+                    "tokens_per_image",
+                    default=0,
+                    min=0,
+                    max=1_000_000,
+                    tooltip="How many tokens of each image and text to keep, drawn at random. 0: all.",
+                ),
+                io.Int.Input(
+                    "pairs_per_shard",
+                    default=2,
+                    min=1,
+                    max=64,
+                    tooltip="How many pairs are sampled at a time, and stored together. What an interruption "
+                    "can lose at most.",
+                ),
+                io.Int.Input(
+                    "first_seed", default=0, min=0, max=2**53, tooltip="The noise of the first pair."
+                ),
+                io.Int.Input("steps", default=20, min=1, max=100),
+                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1),
+                io.Combo.Input("sampler", options=list(SAMPLERS), default=SAMPLERS[0]),
+                io.Combo.Input("scheduler", options=list(SCHEDULERS), default=SCHEDULERS[0]),
+                io.Int.Input("width", default=512, min=64, max=4096, step=16),
+                io.Int.Input("height", default=512, min=64, max=4096, step=16),
+                io.String.Input(
+                    "negative_prompt", default="", tooltip="Not used with a cfg of 1, nor without a CLIP."
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts."),
+                io.Conditioning.Input(
+                    "conditioning",
+                    optional=True,
+                    tooltip="In place of the CLIP: the texts of Load Prompt Pairs through your own encoders.",
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="With 'conditioning' and a cfg other than 1."
+                ),
+            ],
+            outputs=[
+                types.Activations.Output(display_name="activations"),
+                io.String.Output(display_name="report"),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, name: list[str], **others: object) -> str:
+        """Captures again when the folder has gone."""
+        import folder_paths
+
+        path = Path(folder_paths.get_output_directory(), "safedig", str(name[0]), "activations", "store.json")
+        return str(path.exists())
+
+    @classmethod
+    def execute(cls, conditioning=None, negative=None, **lists: list[Any]) -> io.NodeOutput:
+        from ..safedig_core.positions import Position
+        from .chain import capture_into, names_in
+        from .host import ComfyHost, SamplerSettings
+        from .work import Progress, run_folder, size
+
+        given = {name: values[0] for name, values in lists.items()}
+        positions = names_in(given["positions"])
+        for position in positions:
+            Position.parse(position)
+        settings = SamplerSettings(
+            given["steps"],
+            given["cfg"],
+            given["sampler"],
+            given["scheduler"],
+            given["width"],
+            given["height"],
+            given["negative_prompt"],
+        )
+        clip = given.get("clip") if conditioning is None else None
+        host = ComfyHost(given["model"], clip, settings, batch=2 * given["pairs_per_shard"])
+        captured, estimate = capture_into(
+            run_folder(given["name"]),
+            host,
+            given["prompts"],
+            positions=positions,
+            steps=given["captured_steps"],
+            tokens_per_image=given["tokens_per_image"] or None,
+            seed=given["first_seed"],
+            pairs_per_shard=given["pairs_per_shard"],
+            given=conditioning,
+            negative=None if negative is None else negative[0],
+            progress=Progress(),
+        )
+        store = captured.store
+        taken = sum(file.stat().st_size for file in store.folder.iterdir())
+        report = (
+            f"{len(store.prompts)} lines at {len(store.positions)} positions, {size(taken)}\n{store.folder}"
+        )
+        return io.NodeOutput(captured, report, ui=ui.PreviewText(f"{estimate}\n{report}"))

@@ -1,0 +1,277 @@
+"""The offline chain in a real ComfyUI, with nodes alone: a dictionary is made by the shipped pocket
+workflow, interrupted once in capture and once in training; it steers, and the command line makes it too."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from safedig_core.activations import ActivationStore
+from safedig_core.cli import main
+from safedig_core.dictionary import Dictionary, check
+from safedig_core.pocket.model import WEIGHTS
+from safedig_core.prompts import PromptPair, read_prompts, write_prompts
+from tests.nodes.server import Result, Server
+from tests.nodes.test_definitions import as_prompt
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ROOT / "safedig_core" / "pocket" / "prompts"
+WORKFLOW = ROOT / "example_workflows" / "make_dictionary_pocket.json"
+POSITIONS = ["double.1.img", "single.0.img"]
+# smaller than as shipped, to take minutes on a busy machine
+FEWER = {
+    "Capture Activations": {"name": "chain", "positions": ", ".join(POSITIONS), "pairs_per_shard": 4},
+    "Route Positions": {"by_hand": ", ".join(POSITIONS)},
+    "Train Dictionary": {"features": 512, "k": 16, "steps": 400, "batch": 512},
+    "Save Dictionary": {"name": "made"},
+    "Pairs to train on": {"file": "chain.jsonl", "domains": "", "most_per_domain": 0},
+    "Pairs to calibrate on": {"file": "tune.csv", "domains": "", "most_per_domain": 0},
+}
+
+
+def pairs_of(name: str, counts: dict[str, int]) -> list[PromptPair]:
+    """Some lines of each domain of a shipped set, spread over its risks."""
+    found = []
+    for domain, count in counts.items():
+        mine = [pair for pair in read_prompts(PROMPTS / f"{name}.jsonl") if pair.domain == domain]
+        found += mine[:: max(1, len(mine) // count)][:count]
+    return found
+
+
+class Chain:
+    """The workflow as the API takes it, and its nodes by the names that a user sees."""
+
+    def __init__(self, server: Server):
+        self.server, self.definitions = server, server.get("/object_info")
+        self.workflow = json.loads(WORKFLOW.read_text())
+        self.folder = server.base / "output" / "safedig" / "chain"
+        self.ids = {self._name(node): str(node["id"]) for node in self.workflow["nodes"]}
+
+    def _name(self, node: dict) -> str:
+        shown = self.definitions.get(node["type"], {}).get("display_name", node["type"])
+        return node.get("title", shown)
+
+    def prompt(self, at: str = "", **changes: Any) -> dict[str, dict]:
+        """With `changes` made at one node, or wherever a node has an input of that name."""
+        prompt = as_prompt(self.workflow, self.definitions)
+        for name, inputs in FEWER.items():
+            prompt[self.ids[name]]["inputs"] |= inputs
+        if at:
+            prompt[self.ids[at]]["inputs"] |= changes
+            return prompt
+        for node in prompt.values():
+            node["inputs"] |= {k: v for k, v in changes.items() if k in node["inputs"]}
+        return prompt
+
+    def output(self, result: Result, name: str) -> dict:
+        assert result.error is None and not result.interrupted, result.error
+        return result.outputs[self.ids[name]]
+
+    def receipt(self, result: Result) -> dict:
+        return json.loads(self.output(result, "Steering Receipt")["safedig_receipt"][0])
+
+    def picture(self, result: Result, name: str) -> torch.Tensor:
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(self.server.file(self.output(result, name)["images"][0])) as picture:
+            return torch.from_numpy(np.array(picture.convert("RGB")))
+
+
+@pytest.fixture(scope="module")
+def chain(server: Server) -> Chain:
+    """With a prompt file and a smaller calibration set in ComfyUI's input folder."""
+    pytest.importorskip("diffusers")
+    if not (WEIGHTS / "pocket-flux.safetensors").is_file():
+        pytest.skip("the pocket weights are not here")
+    folder = server.base / "input"
+    write_prompts(folder / "chain.jsonl", pairs_of("train", {"weapons": 16, "substances": 12, "safe": 12}))
+    tune = pairs_of("tune", {"weapons": 10, "substances": 10, "safe": 12})
+    lines = ["domain,unsafe,safe", *(f"{p.domain},{p.unsafe or ''},{p.safe}" for p in tune)]
+    (folder / "tune.csv").write_text("\n".join(lines) + "\n")
+    return Chain(server)
+
+
+@pytest.fixture(scope="module")
+def made(chain: Chain) -> dict[str, Any]:
+    """Queued three times: interrupted in capture, in training, and left to finish."""
+    shards = chain.folder / "activations"
+    first = chain.server.run(
+        chain.prompt(), seconds=900, interrupt_when=lambda: (shards / "shard-00001.json").exists()
+    )
+    captured = {path: path.stat().st_mtime_ns for path in shards.glob("shard-*.json")}
+    checkpoints = "checkpoints/*/*.safetensors"
+    second = chain.server.run(
+        chain.prompt(), seconds=900, interrupt_when=lambda: any(chain.folder.glob(checkpoints))
+    )
+    steps = []
+    for path in chain.folder.glob(checkpoints):
+        with safe_open(path, "pt") as file:
+            steps.append(json.loads(file.metadata()["training"])["step"])
+    finished = any(chain.folder.glob("dictionaries/*.safetensors"))
+    third = chain.server.run(chain.prompt(), seconds=900)
+    return {"runs": (first, second, third), "captured": captured, "steps": steps, "finished": finished}
+
+
+def test_it_is_interrupted_twice_and_goes_on_where_it_was(chain: Chain, made: dict[str, Any]) -> None:
+    first, second, third = made["runs"]
+    assert first.interrupted and second.interrupted and not third.interrupted
+    groups = ActivationStore(chain.folder / "activations").settings.groups()
+    assert 2 <= len(made["captured"]) < len(groups)
+    assert {path: path.stat().st_mtime_ns for path in made["captured"]} == made["captured"]
+    assert made["steps"] and not made["finished"]
+    assert min(made["steps"]) >= 25 and sum(made["steps"]) < len(POSITIONS) * 400
+    ActivationStore(chain.folder / "activations").verify()
+
+
+def test_what_it_takes_and_what_came_out_is_shown(chain: Chain, made: dict[str, Any]) -> None:
+    third = made["runs"][2]
+    text = chain.output(third, "Train Dictionary")["text"][0]
+    assert re.match(r"Estimated: disk: [\d.]+ MB of [\d.]+ GB; main memory: ", text)
+    assert "domain weapons: " in text and "gate opens over" in text
+    route = chain.output(third, "Route Positions")
+    assert "chosen: double.1.img, single.0.img" in route["text"][0]
+    assert chain.server.file(route["images"][0]).is_file()
+    assert "made-substances.safetensors" in chain.output(third, "Save Dictionary")["text"][0]
+    assert "Estimated: disk: " in chain.server.log.read_text()
+
+
+def test_the_dictionary_steers_in_the_same_session(chain: Chain, made: dict[str, Any]) -> None:
+    third = made["runs"][2]
+    report = chain.receipt(third)
+    assert report["as_planned"] and "weapons steered" in report["verdict"]
+    assert not torch.equal(chain.picture(third, "Plain"), chain.picture(third, "Steered"))
+    harmless = chain.server.run(chain.prompt("Prompt", text="a cat and a book"))
+    assert chain.receipt(harmless)["as_planned"] and chain.receipt(harmless)["verdict"] == "clear"
+    assert torch.equal(chain.picture(harmless, "Plain"), chain.picture(harmless, "Steered"))
+
+
+def test_what_is_saved_is_whole_and_listed(chain: Chain, made: dict[str, Any]) -> None:
+    folder = chain.server.base / "models" / "safedig"
+    for name in ("made", "made-substances"):
+        check(folder / f"{name}.safetensors")
+    form, *rest = chain.server.get("/object_info")["SafeDIGLoadDictionary"]["input"]["required"]["dictionary"]
+    assert "made.safetensors" in (form if isinstance(form, list) else rest[0]["options"])
+    adapted = Dictionary.open(folder / "made.safetensors").with_adapters(
+        folder / "made-substances.safetensors"
+    )
+    assert list(adapted.card.domains) == ["weapons", "substances"]
+
+
+def test_the_command_line_makes_the_same_dictionary(
+    chain: Chain, made: dict[str, Any], tmp_path: Path
+) -> None:
+    """On the same activations every tensor is the same to the last bit; what samples anew, the gate and
+    the loss recovered, differs as far as noise levels do between the two hosts (by 0.0005 at most)."""
+    out = tmp_path / "d.safetensors"
+    given = [
+        "--store",
+        str(chain.folder / "activations"),
+        "--tune",
+        str(chain.server.base / "input" / "tune.csv"),
+    ]
+    given += ["--source", "weapons", "--positions", ",".join(POSITIONS), "--work", str(tmp_path / "work")]
+    given += ["--features", "512", "--k", "16", "--steps", "400", "--batch", "512", "--out", str(out)]
+    assert main(["train", *given]) == 0
+    by_nodes = Dictionary.open(chain.server.base / "models" / "safedig" / "made.safetensors")
+    by_hand = Dictionary.open(out)
+    ours, theirs = load_file(by_nodes.path), load_file(out)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0, msg=name)
+    mine, other = by_nodes.card.domains["weapons"], by_hand.card.domains["weapons"]
+    assert (mine.features, mine.weights) == (other.features, other.weights)
+    assert by_nodes.card.plan == by_hand.card.plan and by_nodes.card.training == by_hand.card.training
+    assert mine.gate is not None and other.gate is not None
+    assert mine.gate.norms == pytest.approx(other.gate.norms, rel=0.02)
+    for position, info in by_nodes.card.positions.items():
+        assert info.quality == pytest.approx(by_hand.card.positions[position].quality, rel=1e-3)
+
+
+def test_the_command_line_captures_the_same_activations(
+    chain: Chain, made: dict[str, Any], tmp_path: Path
+) -> None:
+    """The two hosts draw the same noise; their noise levels are rounded differently after the first."""
+    ours = ActivationStore(chain.folder / "activations")
+    write_prompts(tmp_path / "some.jsonl", ours.prompts[:2])
+    given = ["--prompts", str(tmp_path / "some.jsonl"), "--store", str(tmp_path / "store"), "--steps", "4"]
+    assert main(["capture", *given, "--positions", ",".join(POSITIONS)]) == 0
+    theirs = ActivationStore(tmp_path / "store")
+    assert theirs.settings.steps == ours.settings.steps
+    for position in POSITIONS:
+        a, b = (store.images(position, [0, 1]).float() for store in (ours, theirs))
+        error = (a - b).norm(dim=(0, 1, 3, 4)) / b.norm(dim=(0, 1, 3, 4))  # by step
+        assert error[0] < 1e-3 and error.max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"captured_steps": 3}, r"captured with other settings: steps"),
+        ({"positions": "double.9.img"}, r"has no position 'double\.9\.img'"),
+        ({"positions": "../../etc"}, r"'\.\./\.\./etc' is not a position"),
+        ({"by_hand": "text"}, r"'text' was not captured"),
+        ({"domain": "weapons"}, r"already has domain 'weapons'"),
+        ({"domain": ""}, r"names no domain"),
+        ({"source": "knives"}, r"'knives' was not captured, only weapons, substances"),
+        ({"file": "chain.jsonl"}, r"40 of the 40 calibration prompts were captured too"),
+        ({"domains": "knives"}, r"has no domain 'knives', only safe, substances, weapons"),
+        ({"skip_per_domain": 100}, r"Nothing of .* is left"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_told_in_words(chain: Chain, made: dict[str, Any], change: dict, message: str) -> None:
+    assert re.search(message, chain.server.run(chain.prompt(**change)).message)
+
+
+@pytest.mark.parametrize("at", ["Capture Activations", "Save Dictionary"])
+@pytest.mark.parametrize("name", ["../up", "/etc/x", ".."])
+def test_nothing_is_written_elsewhere(chain: Chain, made: dict[str, Any], name: str, at: str) -> None:
+    def there() -> set[Path]:
+        own = {chain.server.base / folder for folder in ("temp", "user")}
+        return {path for path in chain.server.base.rglob("*") if own.isdisjoint(path.parents)}
+
+    before = there()
+    assert "can't be the name of a" in chain.server.run(chain.prompt(at, name=name)).message
+    assert there() == before
+
+
+def test_a_dictionary_that_is_there_is_kept(chain: Chain, made: dict[str, Any]) -> None:
+    other = chain.server.base / "models" / "safedig" / "other.safetensors"
+    other.write_bytes(b"someone else's")
+    refused = chain.server.run(chain.prompt("Save Dictionary", name="other"))
+    assert "other.safetensors is already there" in refused.message
+    assert other.read_bytes() == b"someone else's"
+    replaced = chain.server.run(chain.prompt("Save Dictionary", name="other", overwrite=True))
+    assert replaced.error is None
+    made_here = chain.server.base / "models" / "safedig" / "made.safetensors"
+    assert other.read_bytes() == made_here.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "bad.jsonl",
+            '{"domain": "safe", "safe": "a"}\n{"domain": "x"}\n',
+            r"bad\.jsonl, line 2: it lacks 'safe'",
+        ),
+        (
+            "bad.csv",
+            "domain,unsafe,safe\nsafe,,a cat\nweapons,,a cat\n",
+            r"bad\.csv, line 3: domain 'weapons' lacks",
+        ),
+    ],
+)
+def test_a_bad_prompt_file_is_refused_by_line(
+    chain: Chain, made: dict[str, Any], name: str, content: str, message: str
+) -> None:
+    (chain.server.base / "input" / name).write_text(content)
+    assert re.search(message, chain.server.run(chain.prompt(file=name)).message)
