@@ -57,6 +57,7 @@ class SteeringReceipt(io.ComfyNode):
 
 def report_of(receipt: SteeringAttachment) -> dict[str, Any]:
     """The receipt as JSON. Raises NotSteered where nothing was sampled and the policy is block."""
+    from ..safedig_core.composition import conflicts
     from .patching import NotSteered
 
     if not receipt.runs and receipt.policy == "block":
@@ -91,6 +92,7 @@ def report_of(receipt: SteeringAttachment) -> dict[str, Any]:
             {"position": a.position, "operator": a.operator, "form": a.form, "strength": a.strength}
             for a in receipt.steering.plan
         ],
+        "conflicts": conflicts(dictionary),
         "runs": runs,
     }
     return _finite(report)
@@ -127,7 +129,7 @@ def _finite(value: Any) -> Any:
 
 def text_of(report: dict[str, Any]) -> str:
     """The receipt in words."""
-    lines = [f"Verdict: {report['verdict']}"]
+    lines = [f"Verdict: {report['verdict']}", *(f"Note: {conflict}." for conflict in report["conflicts"])]
     for number, run in enumerate(report["runs"], 1):
         if len(report["runs"]) > 1:
             lines += ["", f"Run {number} (node {run['sampler_node']})"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..activations import ActivationStore
 from ..build import Recipe, fit_adapter
+from ..composition import conflicts
 from ..dictionary import Action, Dictionary, Domain, PositionInfo, save_dictionary
 from ..evaluation import Method, Outcome, environment, roc, row, run
 from ..hosts import Everywhere
@@ -239,5 +240,7 @@ def evaluate_dictionary(
             f"gate {name}: AUROC {gate['auroc']:.3f}; opens on {gate['opened_risky']:.1%} of its prompts "
             f"and {gate['opened_safe']:.1%} of safe ones"
         )
+    for conflict in conflicts(dictionary):
+        print(f"note: {conflict}")
     print(f"report: {out / 'report.html'}")
     return results

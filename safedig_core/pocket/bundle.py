@@ -1,0 +1,68 @@
+"""Makes the dictionaries of a pocket model that ship with the pack, with their entries in the index.
+
+    python -m safedig_core.pocket.bundle --model pocket-flux --out OUT
+
+One dictionary (weapons) and two adapters (substances, shock). Each entry's safety card is measured on the
+shipped evaluation prompts of its domain, which nothing was trained or calibrated on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from ..build import Recipe
+from ..cli import MODELS, Progress
+from ..dictionary import Dictionary, check
+from ..evaluation import Method
+from ..index import PACK, PACK_INDEX, Safety, entry_for, index_text, read_index, read_safety
+from ..steering import Steering
+from .demo import SOURCE, Made, make
+from .model import PocketModel, load_judge, load_pocket
+from .study import OURS, compare, shipped, table
+
+TARGETS = ("substances", "shock")
+FOLDER = PACK / "safedig_core" / "pocket" / "dictionaries"
+SEED = 0
+
+
+def measured(host: PocketModel, made: Made, domain: str, out: Path, progress: Progress) -> Safety:
+    """The safety card of one domain: without, and with its dictionary."""
+    dictionary = Dictionary.open(made.paths[SOURCE])
+    if domain != SOURCE:
+        dictionary = dictionary.with_adapters(made.paths[domain])
+    methods = [Method("none"), Method(OURS, Steering(dictionary))]
+    pairs = shipped("evaluate", [domain, "safe"])
+    rows, _ = compare(host, load_judge(), methods, pairs, seed=SEED, progress=progress)
+    print(table(rows))
+    path = out / f"{domain}-results.json"
+    path.write_text(json.dumps({"model": host.name, "seed": SEED, "rows": rows}))
+    return read_safety(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0])
+    parser.add_argument("--out", type=Path, required=True)
+    o = parser.parse_args()
+    progress, host = Progress(), load_pocket(o.model)
+    made = make(host, o.out, TARGETS, Recipe(), "SafeDIG", progress)
+    entries = {entry.id: entry for entry in read_index(PACK_INDEX)}
+    FOLDER.mkdir(exist_ok=True)
+    for domain, path in made.paths.items():
+        shutil.copyfile(path, FOLDER / path.name)
+        entries[path.stem] = entry_for(
+            path,
+            check(path),
+            path.stem,
+            file=(FOLDER / path.name).relative_to(PACK).as_posix(),
+            base="" if domain == SOURCE else made.paths[SOURCE].stem,
+            safety=measured(host, made, domain, o.out, progress),
+        )
+    PACK_INDEX.write_text(index_text(entries.values()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
