@@ -1,8 +1,9 @@
-"""The shipped pocket FLUX: what it paints unsteered, and that steering's no-ops are exact on it."""
+"""The shipped pocket models: what they paint unsteered, and that steering's no-ops are exact on them."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safedig_core.dictionary import Action
 from safedig_core.evaluation import Method, row, run
 from safedig_core.pocket.judge import Judge, risks
-from safedig_core.pocket.model import WEIGHTS, PocketModel, load_judge, load_pocket
+from safedig_core.pocket.model import NAMES, WEIGHTS, PocketModel, load_judge, load_pocket
 from safedig_core.pocket.prompt_sets import FOLDER, build_sets
 from safedig_core.pocket.scenes import CONCEPTS, DOMAIN, REWRITE, RISKY, SAFE, concepts_in
 from safedig_core.pocket.study import shipped
@@ -22,9 +23,17 @@ from tests.tiny import write_dictionary
 NOTHING = {"strength": 0.0}
 
 
-@pytest.fixture(scope="module")
-def pocket() -> PocketModel:
-    return load_pocket()
+@pytest.fixture(scope="module", params=NAMES)
+def pocket(request: pytest.FixtureRequest) -> PocketModel:
+    return load_pocket(request.param)
+
+
+def on(pocket: PocketModel, plan: list[Action]) -> list[Action]:
+    """A plan for pocket FLUX with its positions renamed to those of `pocket`."""
+    if pocket.name == "pocket-flux":
+        return plan
+    names = {"text": "text", "double.1.img": "joint.1.img", "single.2.img": "joint.3.img"}
+    return [replace(action, position=names[action.position]) for action in plan]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +42,9 @@ def judge() -> Judge:
 
 
 def test_the_weights_fit_the_budget() -> None:
-    assert sum(file.stat().st_size for file in WEIGHTS.glob("*.safetensors")) <= 20e6
+    assert sum(file.stat().st_size for file in WEIGHTS.glob("*.safetensors")) <= 40e6
+    for name in NAMES:
+        assert sum(file.stat().st_size for file in WEIGHTS.glob(f"{name}*")) <= 20e6
 
 
 def test_scenes_have_what_the_testbed_promises() -> None:
@@ -81,7 +92,8 @@ def test_unsteered_images_show_what_was_asked(pocket: PocketModel, judge: Judge)
 def test_no_ops_give_the_same_bits(
     pocket: PocketModel, tmp_path: Path, plan: list[Action], options: dict
 ) -> None:
-    made_for = plan or [Action("double.1.img", "repel", "residual", 1.0)]
+    plan = on(pocket, plan)
+    made_for = plan or on(pocket, [Action("double.1.img", "repel", "residual", 1.0)])
     dictionary = write_dictionary(tmp_path / "d.safetensors", made_for, architecture=pocket.architecture)
     prompts, seeds = ["a cat and a pistol", "a dog"], [1, 2]
     plain = pocket.sample(prompts, seeds)
@@ -92,7 +104,7 @@ def test_no_ops_give_the_same_bits(
 def test_a_strong_action_changes_the_image_and_the_receipt_says_so(
     pocket: PocketModel, tmp_path: Path
 ) -> None:
-    plan = [Action("double.1.img", "repel", "residual", 3.0)]
+    plan = on(pocket, [Action("double.1.img", "repel", "residual", 3.0)])
     dictionary = write_dictionary(
         tmp_path / "d.safetensors", plan, architecture=pocket.architecture, threshold=-1.0
     )

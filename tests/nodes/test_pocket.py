@@ -1,4 +1,4 @@
-"""The pocket model in a real ComfyUI: the same pictures as the core's own sampling."""
+"""The pocket models in a real ComfyUI: the same pictures as the core's own sampling."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from safedig_core.dictionary import Action
-from safedig_core.pocket.model import WEIGHTS
+from safedig_core.pocket.model import SHIFT, schedule
 from tests.nodes import real
 from tests.nodes.conftest import pack_module
 from tests.tiny import write_dictionary
@@ -19,22 +19,26 @@ SEEDS = [11, 12]
 PROMPTS = ["a cat and a pistol", "a star and a book"]
 
 
-@pytest.fixture(scope="module")
-def pocket(comfyui: Path) -> Any:
+POSITIONS = {
+    "pocket-flux": ["text", "double.1.img", "double.0.txt", "single.2.img"],
+    "pocket-sd35": ["text", "joint.1.img", "joint.0.txt", "joint.3.img"],
+}
+
+
+@pytest.fixture(scope="module", params=POSITIONS)
+def pocket(comfyui: Path, request: pytest.FixtureRequest) -> Any:
     """MODEL, CLIP and VAE of the node, and the core's host."""
     pytest.importorskip("diffusers")
-    if not (WEIGHTS / "pocket-flux.safetensors").is_file():
-        pytest.skip("the pocket weights are not here")
     real.load(comfyui)
     from safedig_core.pocket.model import load_pocket
 
     with torch.inference_mode():
-        out = pack_module("nodes.load_pocket").LoadPocketModel.execute("pocket-flux").args
-    return (*out, load_pocket())
+        out = pack_module("nodes.load_pocket").LoadPocketModel.execute(request.param).args
+    return (*out, load_pocket(request.param))
 
 
-def sample(model: Any, clip: Any, prompt: str, noise: torch.Tensor, steps: int) -> torch.Tensor:
-    """As KSampler does, from given noise, with the core's noise levels; latents in FLUX's format."""
+def sample(model: Any, clip: Any, prompt: str, noise: torch.Tensor, host: Any) -> torch.Tensor:
+    """As KSampler does, from given noise, with the core's noise levels; latents in the family's format."""
     import comfy.samplers
 
     positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, ""))
@@ -46,7 +50,7 @@ def sample(model: Any, clip: Any, prompt: str, noise: torch.Tensor, steps: int) 
         2.5,
         torch.device("cpu"),
         comfy.samplers.sampler_object("euler"),
-        torch.linspace(1, 0, steps + 1),
+        schedule(host.steps, SHIFT[host.name]),
         model_options=model.model_options,
         latent_image=torch.zeros_like(noise),
         disable_pbar=True,
@@ -65,17 +69,18 @@ def test_paints_what_the_core_paints(pocket: Any) -> None:
     with torch.inference_mode():
         for prompt in PROMPTS:
             expected = host.decode(host.sample([prompt] * 2, SEEDS))
-            latent = sample(model, clip, prompt, noise_of(SEEDS), host.steps)
+            latent = sample(model, clip, prompt, noise_of(SEEDS), host)
             picture = vae.decode(latent).movedim(-1, 1)
             torch.testing.assert_close(picture, expected, atol=2e-3, rtol=0)
 
 
 def test_steers_as_the_core_steers(pocket: Any, tmp_path: Path) -> None:
     model, clip, vae, host = pocket
-    positions = ["text", "double.1.img", "double.0.txt", "single.2.img"]
     path = tmp_path / "d.safetensors"
     write_dictionary(
-        path, [Action(p, "repel", "residual", 0.3) for p in positions], architecture=host.architecture
+        path,
+        [Action(p, "repel", "residual", 0.3) for p in POSITIONS[host.name]],
+        architecture=host.architecture,
     )
     patching, steering = pack_module("nodes.patching"), pack_module("safedig_core.steering")
     Dictionary = pack_module("safedig_core.dictionary").Dictionary
@@ -84,7 +89,7 @@ def test_steers_as_the_core_steers(pocket: Any, tmp_path: Path) -> None:
         expected = host.decode(host.sample(PROMPTS[:1] * 2, SEEDS, tap))
         plain = host.decode(host.sample(PROMPTS[:1] * 2, SEEDS))
         steered, attachment = patching.attach(model, steering.Steering(Dictionary.open(path)))
-        picture = vae.decode(sample(steered, clip, PROMPTS[0], noise_of(SEEDS), host.steps)).movedim(-1, 1)
+        picture = vae.decode(sample(steered, clip, PROMPTS[0], noise_of(SEEDS), host)).movedim(-1, 1)
     assert (expected - plain).abs().max() > 0.1
     torch.testing.assert_close(picture, expected, atol=2e-3, rtol=0)
     ours, theirs = attachment.runs[-1].result, tap.receipt()
