@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from ..safedig_core import hub
-from ..safedig_core.dictionary import Dictionary
 from ..safedig_core.index import PACK, REPO, Entry, Reference, catalogue
 
 FOLDER = "safedig"
@@ -176,6 +175,8 @@ def _place(source: Source) -> Path:
 
 
 def _card(path: Path) -> dict[str, Any]:
+    from ..safedig_core.dictionary import Dictionary
+
     card = Dictionary.open(path).card
     architecture = card.architecture
     return {
