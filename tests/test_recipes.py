@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -21,6 +22,7 @@ MODELS = {
     "FLUX.1-dev": Architecture("flux", (19, 38), 3072, 4096),
     "stable-diffusion-3.5-large": Architecture("sd3", (38, 0), 2432, 4096),
 }
+WORKFLOWS = {"FLUX.1-dev": "flux1_dev", "stable-diffusion-3.5-large": "sd35_large"}
 
 
 def variables(model: str) -> dict[str, str]:
@@ -47,6 +49,11 @@ def test_commands_are_understood(model: str) -> None:
     assert {architecture.group(p) for p in options.positions} == {"text", "bind", "render"}
     for position in options.positions:
         architecture.require(position)
+    path = ROOT / "example_workflows" / f"make_dictionary_{WORKFLOWS[model]}.json"
+    nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+    (capture,) = [n["widgets_values"] for n in nodes if n["type"] == "SafeDIGCaptureActivations"]
+    assert capture[1].split(", ") == options.positions
+    assert capture[2:4] == [options.steps, options.tokens]
     table = "".join(f"`{position}`, " for position in options.positions).rstrip(", ")
     assert table in TEXT
 
