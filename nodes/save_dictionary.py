@@ -7,7 +7,7 @@ from pathlib import Path
 from comfy_api.latest import io, ui
 
 from . import types
-from .load_dictionary import FOLDER
+from .sources import FOLDER
 
 
 class SaveDictionary(io.ComfyNode):
