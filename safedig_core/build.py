@@ -44,7 +44,7 @@ class Recipe:
 
     blend: float = 1.0
     repel: float = 0.5
-    window: tuple[float, float] = (1.0, 0.5)  # later, Repel leaves speckle
+    window: tuple[float, float] = (1.0, 0.5)  # of image tokens: later changes leave speckle
     specificity: float = 0.75
     most_features: int = 64
     replay_weight: float = 0.2
@@ -117,9 +117,18 @@ def fit_adapter(
 
 
 def _plan(positions: Sequence[str], domain: str, recipe: Recipe) -> list[Action]:
+    """The prompt's tokens are steered at all steps: they leave no speckle, and what an image is to show is
+    read from them up to the last one."""
     strengths = {"blend": recipe.blend, "repel": recipe.repel}
     return [
-        Action(position, operator, "residual", strength, recipe.window, domain=domain)
+        Action(
+            position,
+            operator,
+            "residual",
+            strength,
+            recipe.window if position.endswith("img") else (1.0, 0.0),
+            domain=domain,
+        )
         for position in positions
         for operator, strength in strengths.items()
         if strength > 0

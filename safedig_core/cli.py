@@ -390,7 +390,13 @@ def parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--blend", type=float)
         sub.add_argument("--repel", type=float)
-        sub.add_argument("--window", type=float, nargs=2, metavar=("START", "END"), help="noise levels")
+        sub.add_argument(
+            "--window",
+            type=float,
+            nargs=2,
+            metavar=("START", "END"),
+            help="noise levels at which image tokens are steered",
+        )
         sub.add_argument("--title", default="")
         sub.add_argument("--creator", default="")
         sub.add_argument("--data-licence", default="")
