@@ -23,7 +23,7 @@ def calibration_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="The noise level down to which it acts: 1 is pure noise, 0 the finished picture.",
+            tooltip="The noise level down to which image tokens are steered: 1 is noise, 0 the picture.",
         ),
         io.String.Input("title", default="", tooltip="Shown on the dictionary's card."),
         io.String.Input("creator", default="", tooltip="Shown on the dictionary's card."),

@@ -116,9 +116,18 @@ def fit_adapter(
     )
 
 
-def _plan(positions: Sequence[str], domain: str, recipe: Recipe) -> list[Action]:
-    """The prompt's tokens are steered at all steps: they leave no speckle, and what an image is to show is
+def _plan(domain: Domain, name: str, recipe: Recipe) -> list[Action]:
+    """Acts where the domain has harmful features. Raises ValueError where it has none at all: a dictionary
+    that never acts must not be taken for one that found nothing.
+
+    The prompt's tokens are steered at all steps: they leave no speckle, and what an image is to show is
     read from them up to the last one."""
+    positions = [position for position, features in domain.features.items() if features]
+    if not positions:
+        raise ValueError(
+            f"no feature at {', '.join(domain.features)} is specific to '{name}': capture more pairs of it, "
+            "train for more steps, or choose other positions"
+        )
     strengths = {"blend": recipe.blend, "repel": recipe.repel}
     return [
         Action(
@@ -127,7 +136,7 @@ def _plan(positions: Sequence[str], domain: str, recipe: Recipe) -> list[Action]
             "residual",
             strength,
             recipe.window if position.endswith("img") else (1.0, 0.0),
-            domain=domain,
+            domain=name,
         )
         for position in positions
         for operator, strength in strengths.items()
@@ -263,7 +272,7 @@ def complete_dictionary(
         store.architecture,
         positions=infos,
         domains={source: domain},
-        plan=_plan(list(saes), source, recipe),
+        plan=_plan(domain, source, recipe),
         training=training | {"source": source},
         licence=licence,
         creator=creator,
@@ -305,7 +314,7 @@ def build_adapter(
     card = Card(
         dictionary.card.architecture,
         domains={domain: found},
-        plan=_plan(list(found.features), domain, recipe),
+        plan=_plan(found, domain, recipe),
         training=asdict(recipe) | {"source": source, "pairs": len(split(store.indices(domain))[0])},
         licence=licence,
         creator=creator,

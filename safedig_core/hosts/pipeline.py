@@ -191,6 +191,7 @@ def load_pipeline(where: str, side: int = 1024) -> PipelineHost:
     Raises ValueError where it is neither, can't be read, or has other weights than safetensors.
     """
     try:
+        import accelerate  # noqa: F401  without it, diffusers loads in other dtypes and can't offload
         import diffusers
         from diffusers import DiffusionPipeline
 

@@ -135,8 +135,9 @@ def heat(
     maps: dict[str, Tensor] = {}
     for d, name in enumerate(domains):
         maps[name] = tap.activity @ site.evidence[d]
-        strongest = int((tap.activity * site.member[d]).sum((0, 1)).argmax())
-        maps[f"feature {index[strongest]}"] = tap.activity[..., strongest]
+        if index:  # else nothing there is specific to any domain
+            strongest = int((tap.activity * site.member[d]).sum((0, 1)).argmax())
+            maps[f"feature {index[strongest]}"] = tap.activity[..., strongest]
     return maps
 
 

@@ -133,6 +133,7 @@ def run_atheris(names: list[str] | None, files: int, seed: int, work: Path) -> N
         f"-runs={files * len(bench.readers)}",
         f"-seed={seed + 1}",
         "-max_len=20000",
+        "-rss_limit_mb=0",  # Bench watches the memory; this counts what the parent process once had, too
         "-print_final_stats=1",
     ]
     options += [f"-artifact_prefix={work}/", f"-timeout={PATIENCE}", "-verbosity=0", str(corpus)]
