@@ -43,7 +43,7 @@ class AdaptDecoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, conditioning=None, **lists: list[Any]) -> io.NodeOutput:
-        from ..safedig_core.cli import card_text
+        from ..safedig_core.commands import card_text
         from .chain import adapt, domain_of
         from .work import Progress
 

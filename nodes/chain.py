@@ -24,7 +24,7 @@ from ..safedig_core import __version__
 from ..safedig_core.activations import ActivationStore, ActivationWriter
 from ..safedig_core.build import SELECT_EVERY, Recipe, build_adapter, build_dictionary
 from ..safedig_core.capture import capture
-from ..safedig_core.cli import captured_steps
+from ..safedig_core.commands import captured_steps
 from ..safedig_core.dictionary import Dictionary, check
 from ..safedig_core.files import clear_parts, replacing, sha256_of
 from ..safedig_core.prompts import SAFE, PromptPair, fingerprint

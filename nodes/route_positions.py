@@ -52,7 +52,7 @@ class RoutePositions(io.ComfyNode):
     @classmethod
     def execute(cls, activations, source: str, target: str, target_pairs: int, by_hand: str) -> io.NodeOutput:
         from ..safedig_core.build import Recipe
-        from ..safedig_core.cli import route_table
+        from ..safedig_core.commands import route_table
         from ..safedig_core.dictionary import Action
         from ..safedig_core.routing import chosen, route
         from .chain import domain_of, names_in

@@ -79,7 +79,7 @@ class TrainDictionary(io.ComfyNode):
 
     @classmethod
     def execute(cls, conditioning=None, **lists: list[Any]) -> io.NodeOutput:
-        from ..safedig_core.cli import card_text
+        from ..safedig_core.commands import card_text
         from ..safedig_core.training import TrainSettings
         from .chain import domain_of, train
         from .work import Progress

@@ -266,7 +266,7 @@ def capture_figures(scale: Scale) -> dict[str, float]:
 
     overhead = (all that capture took - writing) / (sampling without the tap) - 1
     """
-    from .cli import store_settings
+    from .commands import store_settings
     from .pocket.model import load_pocket
     from .pocket.study import shipped
 

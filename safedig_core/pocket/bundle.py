@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from ..build import Recipe
-from ..cli import MODELS, Progress
+from ..commands import MODELS, Progress
 from ..dictionary import Dictionary, check
 from ..evaluation import Method
 from ..index import PACK, PACK_INDEX, Safety, entry_for, index_text, read_index, read_safety

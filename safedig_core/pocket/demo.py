@@ -10,7 +10,7 @@ from pathlib import Path
 from ..activations import ActivationStore, ActivationWriter
 from ..build import Recipe, build_adapter, build_dictionary
 from ..capture import capture
-from ..cli import route_table, store_settings
+from ..commands import route_table, store_settings
 from ..dictionary import Dictionary
 from ..prompts import PromptPair
 from ..routing import Route, chosen, route

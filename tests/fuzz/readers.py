@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from safedig_core.activations import ActivationStore, ActivationWriter, StoreError, StoreSettings
-from safedig_core.cli import card_text
+from safedig_core.commands import card_text
 from safedig_core.dictionary import (
     Action,
     Card,
