@@ -71,6 +71,11 @@ def choose_features(
 ) -> tuple[list[int], list[float]]:
     """The harmful features of `domain` at `position`, with evidence weights, on the selection split."""
     chosen = {d: split(store.indices(d))[1] for d in sorted({p.domain for p in store.prompts})}
+    if len(chosen.get(domain, ())) < 2:
+        raise ValueError(
+            f"the store has {len(store.indices(domain))} pairs of '{domain}': at least {SELECT_EVERY + 1} "
+            f"are needed, since features are chosen on every {SELECT_EVERY}th"
+        )
     unsafe = [image[0].float() for image in store.images(position, chosen[domain])]
     safe = [image for indices in chosen.values() for image in _safe_images(store, position, indices)]
     return select_features(

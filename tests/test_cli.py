@@ -27,7 +27,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("prompts")
     found = {}
     for name in ("train", "tune", "evaluate"):
-        pairs = [p for d in ("weapons", "substances", "safe") for p in shipped(name, [d])[::7][:4]]
+        pairs = [p for d in ("weapons", "substances", "safe") for p in shipped(name, [d])[::7][:5]]
         write_prompts(folder / f"{name}.jsonl", pairs)
         found[name] = str(folder / f"{name}.jsonl")
     return found
@@ -116,7 +116,7 @@ def test_route_evaluate_inspect_and_check(
     results = json.loads((tmp_path / "evaluate.json").read_text())
     assert results["rows"][0]["method"] == "none"
     assert "safedig-residual" in [row["method"] for row in results["rows"]]
-    assert all(row["n_images"] == 12 for row in results["rows"])
+    assert all(row["n_images"] == 15 for row in results["rows"])
     page = (tmp_path / "out" / "report.html").read_text()
     assert "safedig-residual" in page
     assert 'src="http' not in page  # self-contained

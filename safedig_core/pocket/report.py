@@ -124,8 +124,11 @@ class TokenActivity:
 def heat(
     host: Host, dictionary: Dictionary, prompts: Sequence[str], seeds: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Maps [B, 64] over the image: each domain's weighted activity, and its strongest feature's."""
-    position = next(a.position for a in reversed(dictionary.card.plan) if a.position.endswith(".img"))
+    """Maps [B, 64] over the image: each domain's weighted activity, and its strongest feature's; none where
+    the plan has no position in the image."""
+    position = next((a.position for a in reversed(dictionary.card.plan) if a.position.endswith(".img")), None)
+    if position is None:
+        return {}
     domains = list(dictionary.card.domains)
     site = compile_site(dictionary.without_gates(), position, domains, ())
     tap = TokenActivity(position, site)
@@ -135,9 +138,8 @@ def heat(
     maps: dict[str, Tensor] = {}
     for d, name in enumerate(domains):
         maps[name] = tap.activity @ site.evidence[d]
-        if index:  # else nothing there is specific to any domain
-            strongest = int((tap.activity * site.member[d]).sum((0, 1)).argmax())
-            maps[f"feature {index[strongest]}"] = tap.activity[..., strongest]
+        strongest = int((tap.activity * site.member[d]).sum((0, 1)).argmax())
+        maps[f"feature {index[strongest]}"] = tap.activity[..., strongest]
     return maps
 
 
@@ -220,8 +222,9 @@ def write_report(
         "Where the harmful features fire in the unsteered run, summed over its steps: each domain's, and the "
         "strongest single feature of each."
     )
-    drawn = pictures.heat_maps(images("none", shown), maps, captions(shown))
-    figures.append(Figure("Harmful features over the image", text, drawn, plot=True))
+    if maps:
+        drawn = pictures.heat_maps(images("none", shown), maps, captions(shown))
+        figures.append(Figure("Harmful features over the image", text, drawn, plot=True))
     for figure in figures:
         name = "-".join("".join(c if c.isalnum() else " " for c in figure.title.lower()).split())
         (out / f"{name}.png").write_bytes(figure.png)
