@@ -223,7 +223,7 @@ def kill_one_when(command: list[str], seen: Path) -> None:
 def test_torchrun_captures_and_trains_like_one_process(tmp_path: Path) -> None:
     """Both commands; in each, one of two processes is killed before the run is finished by two."""
     for name in ("train", "tune"):
-        pairs = [p for d in ("weapons", "safe") for p in shipped(name, [d])[:2]]
+        pairs = [p for d in ("weapons", "safe") for p in shipped(name, [d])[::7][:5]]
         write_prompts(tmp_path / f"{name}.jsonl", pairs)
     capture = ["capture", "--prompts", str(tmp_path / "train.jsonl"), "--positions", "text"]
     capture += ["--pairs-per-shard", "1", "--store"]
