@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from safedig_core.activations import ActivationStore
 from safedig_core.cli import main
 from safedig_core.dictionary import Dictionary, check
-from safedig_core.pocket.model import WEIGHTS
 from safedig_core.prompts import PromptPair, read_prompts, write_prompts
 from tests.nodes.server import Result, Server
 from tests.nodes.test_definitions import as_prompt
@@ -89,8 +88,6 @@ class Chain:
 def chain(server: Server) -> Chain:
     """With a prompt file and a smaller calibration set in ComfyUI's input folder."""
     pytest.importorskip("diffusers")
-    if not (WEIGHTS / "pocket-flux.safetensors").is_file():
-        pytest.skip("the pocket weights are not here")
     folder = server.base / "input"
     write_prompts(folder / "chain.jsonl", pairs_of("train", {"weapons": 16, "substances": 12, "safe": 12}))
     tune = pairs_of("tune", {"weapons": 10, "substances": 10, "safe": 12})
