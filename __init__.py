@@ -17,7 +17,7 @@ WEB_DIRECTORY = "./web"
 class SafeDIG(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from .nodes import NODES
-        from .nodes.sources import register
+        from .nodes.bridge.dictionaries import register
 
         register()
         return NODES

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from . import types
+from . import sockets
 from .train_dictionary import calibration_inputs, label_of, recipe_of
 
 
@@ -16,14 +16,16 @@ class AdaptDecoder(io.ComfyNode):
         return io.Schema(
             node_id="SafeDIGAdaptDecoder",
             display_name="Adapt Decoder",
-            category=types.MAKING,
+            category=sockets.MAKING,
             description="Teaches a dictionary one more risk domain: its encoder stays as it is, and only the "
             "decoder's rows of that domain's features move.",
             is_input_list=True,
             inputs=[
-                types.Activations.Input("activations", tooltip="With pairs of the domain and of the source."),
-                types.Dictionary.Input("dictionary"),
-                types.Prompts.Input(
+                sockets.Activations.Input(
+                    "activations", tooltip="With pairs of the domain and of the source."
+                ),
+                sockets.Dictionary.Input("dictionary"),
+                sockets.Prompts.Input(
                     "calibration",
                     tooltip="Prompts of their own, none of them captured, that the gate is calibrated on.",
                 ),
@@ -36,16 +38,16 @@ class AdaptDecoder(io.ComfyNode):
                 *calibration_inputs(),
             ],
             outputs=[
-                types.Dictionary.Output(display_name="dictionary", tooltip="With the new domain."),
+                sockets.Dictionary.Output(display_name="dictionary", tooltip="With the new domain."),
                 io.String.Output(display_name="report"),
             ],
         )
 
     @classmethod
     def execute(cls, conditioning=None, **lists: list[Any]) -> io.NodeOutput:
-        from ..safedig_core.commands import card_text
-        from .chain import adapt, domain_of
-        from .work import Progress
+        from ..safedig_core.cli.commands import card_text
+        from .bridge.chain import adapt, domain_of
+        from .bridge.workspace import Progress
 
         given = {name: values[0] for name, values in lists.items()}
         captured = given["activations"]

@@ -6,7 +6,7 @@ import math
 
 from comfy_api.latest import io
 
-from . import types
+from . import sockets
 
 ACTIONS = ["steer", "observe", "stop"]
 
@@ -17,13 +17,13 @@ class ApplySteering(io.ComfyNode):
         return io.Schema(
             node_id="SafeDIGApplySteering",
             display_name="Apply Blend/Repel Steering",
-            category=types.CATEGORY,
+            category=sockets.CATEGORY,
             description="Steers a FLUX or SD3.5 model away from the risks that the dictionary knows. "
             "Put it between the model loader and the sampler. Harmless pictures stay as they are.",
             inputs=[
                 io.Model.Input("model"),
-                types.Dictionary.Input("dictionary"),
-                types.Positions.Input(
+                sockets.Dictionary.Input("dictionary"),
+                sockets.Positions.Input(
                     "positions",
                     optional=True,
                     tooltip="From Select Positions. Without, the dictionary's plan.",
@@ -76,7 +76,7 @@ class ApplySteering(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
-                types.Receipt.Output(display_name="receipt", tooltip="For Steering Receipt."),
+                sockets.Receipt.Output(display_name="receipt", tooltip="For Steering Receipt."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -95,8 +95,8 @@ class ApplySteering(io.ComfyNode):
         preserve_norm: bool,
         positions=None,
     ) -> io.NodeOutput:
-        from ..safedig_core.steering import Steering
-        from .patching import architecture_of, attach
+        from ..safedig_core.steering.steering import Steering
+        from .bridge.attachment import architecture_of, attach
 
         if not math.isfinite(strength):
             raise ValueError(f"The strength is {strength}: it must be a number from 0 to 10.")

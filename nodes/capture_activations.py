@@ -7,8 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from . import types
-from .models import SAMPLERS, SCHEDULERS
+from . import sockets
+from .bridge.models import SAMPLERS, SCHEDULERS
 
 
 class CaptureActivations(io.ComfyNode):
@@ -17,13 +17,13 @@ class CaptureActivations(io.ComfyNode):
         return io.Schema(
             node_id="SafeDIGCaptureActivations",
             display_name="Capture Activations",
-            category=types.MAKING,
+            category=sockets.MAKING,
             description="Samples both prompts of every pair from the same noise and stores the activations. "
             "Stop it at any time: queued again, it goes on where it was.",
             is_input_list=True,
             inputs=[
                 io.Model.Input("model"),
-                types.Prompts.Input("prompts"),
+                sockets.Prompts.Input("prompts"),
                 io.String.Input(
                     "name", default="capture", tooltip="The folder for all of it: output/safedig/<name>."
                 ),
@@ -79,7 +79,7 @@ class CaptureActivations(io.ComfyNode):
                 ),
             ],
             outputs=[
-                types.Activations.Output(display_name="activations"),
+                sockets.Activations.Output(display_name="activations"),
                 io.String.Output(display_name="report"),
             ],
         )
@@ -95,9 +95,9 @@ class CaptureActivations(io.ComfyNode):
     @classmethod
     def execute(cls, conditioning=None, negative=None, **lists: list[Any]) -> io.NodeOutput:
         from ..safedig_core.positions import Position
-        from .chain import capture_into, names_in
-        from .host import ComfyHost, SamplerSettings
-        from .work import Progress, run_folder, size
+        from .bridge.chain import capture_into, names_in
+        from .bridge.host import ComfyHost, SamplerSettings
+        from .bridge.workspace import Progress, run_folder, size
 
         given = {name: values[0] for name, values in lists.items()}
         positions = names_in(given["positions"])

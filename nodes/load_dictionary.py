@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import sources, types
+from . import sockets
+from .bridge import dictionaries
 
 
 class LoadDictionary(io.ComfyNode):
@@ -13,17 +14,17 @@ class LoadDictionary(io.ComfyNode):
         return io.Schema(
             node_id="SafeDIGLoadDictionary",
             display_name="Load SafeDIG Dictionary",
-            category=types.CATEGORY,
+            category=sockets.CATEGORY,
             description="Opens a SafeDIG dictionary: what the steering knows about risky content. "
             "Connect another dictionary to 'base' to load an adapter, which adds a risk domain to it.",
             inputs=[
                 io.Combo.Input(
                     "dictionary",
-                    options=sources.choices(),
+                    options=dictionaries.choices(),
                     tooltip="A .safetensors file of models/safedig, one that ships with SafeDIG, or one that "
                     "is downloaded from the Hub on first use.",
                 ),
-                types.Dictionary.Input(
+                sockets.Dictionary.Input(
                     "base",
                     optional=True,
                     tooltip="The dictionary that the chosen file, then an adapter, is added to.",
@@ -36,7 +37,7 @@ class LoadDictionary(io.ComfyNode):
                     "everywhere. Where it is given, it counts, and 'dictionary' does not.",
                 ),
             ],
-            outputs=[types.Dictionary.Output(display_name="dictionary")],
+            outputs=[sockets.Dictionary.Output(display_name="dictionary")],
         )
 
     @classmethod
@@ -45,7 +46,7 @@ class LoadDictionary(io.ComfyNode):
         if dictionary is None or reference is None:  # connected, so known only when it runs
             return True
         try:
-            sources.find(dictionary, reference)
+            dictionaries.find(dictionary, reference)
         except ValueError as error:
             return str(error)
         return True
@@ -53,11 +54,11 @@ class LoadDictionary(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, dictionary: str, base: object = None, reference: str = "") -> str:
         """Loads again when the file has changed."""
-        return sources.fingerprint(sources.find(dictionary, reference))
+        return dictionaries.fingerprint(dictionaries.find(dictionary, reference))
 
     @classmethod
     def execute(cls, dictionary: str, base=None, reference: str = "") -> io.NodeOutput:
-        from ..safedig_core.dictionary import Dictionary
+        from ..safedig_core.dictionary.dictionary import Dictionary
 
-        path = sources.file_of(sources.find(dictionary, reference))
+        path = dictionaries.file_of(dictionaries.find(dictionary, reference))
         return io.NodeOutput(Dictionary.open(path) if base is None else base.with_adapters(path))

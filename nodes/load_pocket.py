@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from . import types
+from . import sockets
 
 MODELS = ["pocket-flux", "pocket-sd35"]
 
@@ -18,7 +18,7 @@ class LoadPocketModel(io.ComfyNode):
         return io.Schema(
             node_id="SafeDIGLoadPocketModel",
             display_name="Load Pocket Model",
-            category=types.CATEGORY,
+            category=sockets.CATEGORY,
             description="A tiny FLUX or SD3.5 that paints emoji scenes, to try steering on any computer. "
             "Prompts are like 'a cat and a pistol'. An empty latent of 128 x 128 gives its pictures of "
             "64 x 64; 16 steps, cfg 2.5, sampler euler, scheduler simple.",

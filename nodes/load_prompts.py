@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io, ui
 
-from . import types
+from . import sockets
 
 if TYPE_CHECKING:
     from ..safedig_core.prompts import PromptPair
@@ -50,7 +50,7 @@ class LoadPromptPairs(io.ComfyNode):
         return io.Schema(
             node_id="SafeDIGLoadPromptPairs",
             display_name="Load Prompt Pairs",
-            category=types.MAKING,
+            category=sockets.MAKING,
             description="Reads pairs of an unsafe prompt and its safe rewrite, each with its risk domain, "
             "from a JSONL or CSV file with the columns domain, unsafe, safe.",
             inputs=[
@@ -79,10 +79,10 @@ class LoadPromptPairs(io.ComfyNode):
                     max=100_000,
                     tooltip="Takes so many of each domain after those. 0: all the rest.",
                 ),
-                types.Prompts.Input("prompts", optional=True, tooltip="Pairs to put before these."),
+                sockets.Prompts.Input("prompts", optional=True, tooltip="Pairs to put before these."),
             ],
             outputs=[
-                types.Prompts.Output(display_name="prompts"),
+                sockets.Prompts.Output(display_name="prompts"),
                 io.String.Output(
                     display_name="texts",
                     is_output_list=True,
@@ -103,7 +103,7 @@ class LoadPromptPairs(io.ComfyNode):
         cls, file: str, domains: str, skip_per_domain: int, most_per_domain: int, prompts=None
     ) -> io.NodeOutput:
         from ..safedig_core.prompts import read_prompts
-        from .chain import names_in, texts_of
+        from .bridge.chain import names_in, texts_of
 
         read = read_prompts(path_of(file))
         pairs = chosen(read, names_in(domains), skip_per_domain, most_per_domain, file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from . import types
+from . import sockets
 
 
 class RoutePositions(io.ComfyNode):
@@ -13,11 +13,11 @@ class RoutePositions(io.ComfyNode):
         return io.Schema(
             node_id="SafeDIGRoutePositions",
             display_name="Route Positions",
-            category=types.MAKING,
+            category=sockets.MAKING,
             description="Scores every captured position and operator from the contrasts of the pairs, and "
             "chooses the best position of each part of the model.",
             inputs=[
-                types.Activations.Input("activations"),
+                sockets.Activations.Input("activations"),
                 io.String.Input(
                     "source",
                     default="",
@@ -42,7 +42,7 @@ class RoutePositions(io.ComfyNode):
                 ),
             ],
             outputs=[
-                types.Positions.Output(display_name="positions", tooltip="For Train Dictionary."),
+                sockets.Positions.Output(display_name="positions", tooltip="For Train Dictionary."),
                 io.String.Output(display_name="table"),
                 io.Image.Output(display_name="heatmap"),
             ],
@@ -51,12 +51,12 @@ class RoutePositions(io.ComfyNode):
 
     @classmethod
     def execute(cls, activations, source: str, target: str, target_pairs: int, by_hand: str) -> io.NodeOutput:
-        from ..safedig_core.build import Recipe
-        from ..safedig_core.commands import route_table
-        from ..safedig_core.dictionary import Action
+        from ..safedig_core.chain import Recipe
+        from ..safedig_core.cli.commands import route_table
+        from ..safedig_core.dictionary.dictionary import Action
         from ..safedig_core.routing import chosen, route
-        from .chain import domain_of, names_in
-        from .pictures import route_heatmap
+        from .bridge.chain import domain_of, names_in
+        from .bridge.pictures import route_heatmap
 
         store = activations.store
         source = domain_of(store, source)

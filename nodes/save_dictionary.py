@@ -6,8 +6,8 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from . import types
-from .sources import FOLDER
+from . import sockets
+from .bridge.dictionaries import FOLDER
 
 
 class SaveDictionary(io.ComfyNode):
@@ -16,17 +16,17 @@ class SaveDictionary(io.ComfyNode):
         return io.Schema(
             node_id="SafeDIGSaveDictionary",
             display_name="Save Dictionary",
-            category=types.MAKING,
+            category=sockets.MAKING,
             description="Copies a dictionary into models/safedig, where Load SafeDIG Dictionary finds it, "
             "and each adapter that was added to it into a file of its own.",
             inputs=[
-                types.Dictionary.Input("dictionary"),
+                sockets.Dictionary.Input("dictionary"),
                 io.String.Input("name", default="my_dictionary", tooltip="The file's name, without ending."),
                 io.Boolean.Input(
                     "overwrite", default=False, tooltip="Replace a dictionary of that name that is there."
                 ),
             ],
-            outputs=[types.Dictionary.Output(display_name="dictionary", tooltip="The saved one.")],
+            outputs=[sockets.Dictionary.Output(display_name="dictionary", tooltip="The saved one.")],
             is_output_node=True,
         )
 
@@ -34,8 +34,8 @@ class SaveDictionary(io.ComfyNode):
     def execute(cls, dictionary, name: str, overwrite: bool) -> io.NodeOutput:
         import folder_paths
 
-        from ..safedig_core.dictionary import Dictionary
-        from .chain import save
+        from ..safedig_core.dictionary.dictionary import Dictionary
+        from .bridge.chain import save
 
         first, *adapters = save(Path(folder_paths.models_dir) / FOLDER, name, dictionary, overwrite)
         text = "\n".join(str(path) for path in (first, *adapters))

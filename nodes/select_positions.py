@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from . import types
+from . import sockets
 
 if TYPE_CHECKING:
-    from ..safedig_core.dictionary import Action, Dictionary
+    from ..safedig_core.dictionary.dictionary import Action, Dictionary
 
 AS_PLANNED = "as planned"
 GROUPS = {
@@ -27,11 +27,11 @@ class SelectPositions(io.ComfyNode):
         return io.Schema(
             node_id="SafeDIGSelectPositions",
             display_name="Select Positions",
-            category=types.CATEGORY,
+            category=sockets.CATEGORY,
             description="Chooses where the steering acts. Without this node, or with 'routed' and "
             "'as planned', it is the plan that the dictionary was measured with.",
             inputs=[
-                types.Dictionary.Input("dictionary"),
+                sockets.Dictionary.Input("dictionary"),
                 io.Combo.Input(
                     "select",
                     options=[*GROUPS, BY_HAND],
@@ -84,7 +84,7 @@ class SelectPositions(io.ComfyNode):
                     tooltip="Not used with 'as planned'. The noise level down to which it acts.",
                 ),
             ],
-            outputs=[types.Positions.Output(display_name="positions")],
+            outputs=[sockets.Positions.Output(display_name="positions")],
         )
 
     @classmethod
@@ -99,7 +99,7 @@ class SelectPositions(io.ComfyNode):
         window_start: float,
         window_end: float,
     ) -> io.NodeOutput:
-        from ..safedig_core.dictionary import Action
+        from ..safedig_core.dictionary.dictionary import Action
 
         chosen = positions_of(dictionary, select, positions)
         if operator == AS_PLANNED:

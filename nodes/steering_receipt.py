@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
-from . import types
+from . import sockets
 
 if TYPE_CHECKING:
-    from .patching import Run, SteeringAttachment
+    from .bridge.attachment import Run, SteeringAttachment
 
 FORMAT = 1
 
@@ -22,12 +22,12 @@ class SteeringReceipt(io.ComfyNode):
         return io.Schema(
             node_id="SafeDIGSteeringReceipt",
             display_name="Steering Receipt",
-            category=types.CATEGORY,
+            category=sockets.CATEGORY,
             description="Shows what steering found and changed. Put it between VAE Decode and Save Image: "
             "the picture passes through, and saved pictures carry the receipt in their metadata.",
             inputs=[
                 io.Image.Input("images", tooltip="The decoded pictures."),
-                types.Receipt.Input("receipt", tooltip="From Apply Blend/Repel Steering."),
+                sockets.Receipt.Input("receipt", tooltip="From Apply Blend/Repel Steering."),
             ],
             outputs=[
                 io.Image.Output(display_name="images"),
@@ -41,7 +41,7 @@ class SteeringReceipt(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, receipt) -> io.NodeOutput:
-        from .pictures import evidence_plot, heatmap
+        from .bridge.pictures import evidence_plot, heatmap
 
         report = report_of(receipt)
         text = text_of(report)
@@ -57,8 +57,8 @@ class SteeringReceipt(io.ComfyNode):
 
 def report_of(receipt: SteeringAttachment) -> dict[str, Any]:
     """The receipt as JSON. Raises NotSteered where nothing was sampled and the policy is block."""
-    from ..safedig_core.composition import conflicts
-    from .patching import NotSteered
+    from ..safedig_core.dictionary.conflicts import conflicts
+    from .bridge.attachment import NotSteered
 
     if not receipt.runs and receipt.policy == "block":
         raise NotSteered(

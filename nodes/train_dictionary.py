@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from . import types
+from . import sockets
 
 BLEND = "How far activations move toward their safe rewrite. 0: not at all."
 REPEL = "How much of what is risky is taken away. 0: nothing."
@@ -43,14 +43,14 @@ class TrainDictionary(io.ComfyNode):
         return io.Schema(
             node_id="SafeDIGTrainDictionary",
             display_name="Train Dictionary",
-            category=types.MAKING,
+            category=sockets.MAKING,
             description="Trains a sparse autoencoder at each position, finds the features of the risk, and "
             "calibrates the gate. Stop it at any time: queued again, it goes on where it was.",
             is_input_list=True,
             inputs=[
-                types.Activations.Input("activations"),
-                types.Positions.Input("positions", tooltip="From Route Positions."),
-                types.Prompts.Input(
+                sockets.Activations.Input("activations"),
+                sockets.Positions.Input("positions", tooltip="From Route Positions."),
+                sockets.Prompts.Input(
                     "calibration",
                     tooltip="Prompts of their own, none of them captured, that the gate is calibrated on.",
                 ),
@@ -72,17 +72,17 @@ class TrainDictionary(io.ComfyNode):
                 *calibration_inputs(),
             ],
             outputs=[
-                types.Dictionary.Output(display_name="dictionary"),
+                sockets.Dictionary.Output(display_name="dictionary"),
                 io.String.Output(display_name="report"),
             ],
         )
 
     @classmethod
     def execute(cls, conditioning=None, **lists: list[Any]) -> io.NodeOutput:
-        from ..safedig_core.commands import card_text
+        from ..safedig_core.cli.commands import card_text
         from ..safedig_core.training import TrainSettings
-        from .chain import domain_of, train
-        from .work import Progress
+        from .bridge.chain import domain_of, train
+        from .bridge.workspace import Progress
 
         given = {name: values[0] for name, values in lists.items()}
         names = {name: given[name] for name in ("kind", "features", "k", "steps", "batch")}
@@ -103,7 +103,7 @@ class TrainDictionary(io.ComfyNode):
 
 def recipe_of(given: dict[str, Any], settings: Any = None) -> Any:
     """The Recipe of a node's widgets."""
-    from ..safedig_core.build import Recipe
+    from ..safedig_core.chain import Recipe
 
     recipe = {"blend": given["blend"], "repel": given["repel"], "window": (1.0, given["window_end"])}
     return Recipe(**recipe) if settings is None else Recipe(**recipe, train=settings)
@@ -111,7 +111,7 @@ def recipe_of(given: dict[str, Any], settings: Any = None) -> Any:
 
 def label_of(given: dict[str, Any]) -> Any:
     """The Label of a node's widgets."""
-    from .chain import Label
+    from .bridge.chain import Label
 
     names = ("title", "creator", "data_licence", "weights_licence")
     return Label(**{name: given[name] for name in names})

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .hosts import Host, Tap
+from .hosts.host import Host, Tap
 from .prompts import PromptPair
 
 EVALUATION_SEED = 2_000_000  # far from the seeds of capture and calibration

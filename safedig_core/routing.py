@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .activations import ActivationStore
 from .positions import Architecture
+from .store.store import ActivationStore
 
 WEIGHTS = {"semantic": 0.25, "binding": 0.35, "stability": 0.25, "cost": -0.15}
 OPERATORS = ("blend", "repel")

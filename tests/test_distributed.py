@@ -17,13 +17,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from safedig_core import cli
-from safedig_core.dictionary import Dictionary
+from safedig_core.cli import parser as cli
+from safedig_core.dictionary.dictionary import Dictionary
 from safedig_core.distributed import Group, Interrupted
 from safedig_core.pocket.study import shipped
 from safedig_core.prompts import write_prompts
 from safedig_core.training import TrainSettings, top_active, train_sae
-from tests.test_cli import digests
+from tests.cli.test_parser import digests
 from tests.test_training import sparse_data
 from tests.tiny import fork_each
 

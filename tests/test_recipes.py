@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from safedig_core.cli import parser
+from safedig_core.cli.parser import parser
 from safedig_core.positions import Architecture
 from safedig_core.prompts import read_prompts
 

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from safedig_core.activations import ActivationStore, ActivationWriter
-from safedig_core.capture import capture
 from safedig_core.positions import Architecture
 from safedig_core.prompts import PromptPair
 from safedig_core.routing import (
@@ -21,7 +19,9 @@ from safedig_core.routing import (
     semantic,
     stability,
 )
-from safedig_core.store_settings import StoreSettings
+from safedig_core.store.capture import capture
+from safedig_core.store.settings import StoreSettings
+from safedig_core.store.store import ActivationStore, ActivationWriter
 from tests.tiny import TINY, TinyHost
 
 ANIMALS = ("cat", "dog", "cow", "owl", "fox")

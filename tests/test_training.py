@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safedig_core.dictionary import Card, PositionInfo, save_dictionary
+from safedig_core.dictionary.dictionary import Card, PositionInfo, save_dictionary
 from safedig_core.sae import quality
 from safedig_core.training import (
     Trainee,

@@ -15,9 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safedig_core.dictionary import Action, Card, Dictionary, Domain, Gate, PositionInfo, save_dictionary
-from safedig_core.hosts import Tap
-from safedig_core.hosts.diffusers import architecture_of, attached
+from safedig_core.dictionary.dictionary import (
+    Action,
+    Card,
+    Dictionary,
+    Domain,
+    Gate,
+    PositionInfo,
+    save_dictionary,
+)
+from safedig_core.hosts.hooks import architecture_of, attached
+from safedig_core.hosts.host import Tap
 from safedig_core.positions import Architecture
 from safedig_core.sae import SAE
 

@@ -12,8 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from . import Tap
-from .diffusers import architecture_of, attached
+from .hooks import architecture_of, attached
+from .host import Tap
 
 # Tokens that T5 gives a prompt in ComfyUI: what is captured here is steered there.
 T5_TOKENS = {"flux": 256, "sd3": 77}

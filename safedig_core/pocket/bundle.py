@@ -13,12 +13,12 @@ import json
 import shutil
 from pathlib import Path
 
-from ..build import Recipe
-from ..commands import MODELS, Progress
-from ..dictionary import Dictionary, check
+from ..chain import Recipe
+from ..cli.commands import MODELS, Progress
+from ..dictionary.dictionary import Dictionary, check
 from ..evaluation import Method
-from ..index import PACK, PACK_INDEX, Safety, entry_for, index_text, read_index, read_safety
-from ..steering import Steering
+from ..hub.index import PACK, PACK_INDEX, Safety, entry_for, index_text, read_index, read_safety
+from ..steering.steering import Steering
 from .demo import SOURCE, Made, make
 from .model import PocketModel, load_judge, load_pocket
 from .study import OURS, compare, shipped, table

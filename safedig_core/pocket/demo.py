@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..activations import ActivationStore, ActivationWriter
-from ..build import Recipe, build_adapter, build_dictionary
-from ..capture import capture
-from ..commands import route_table, store_settings
-from ..dictionary import Dictionary
+from ..chain import Recipe, build_adapter, build_dictionary
+from ..cli.commands import route_table, store_settings
+from ..dictionary.dictionary import Dictionary
 from ..prompts import PromptPair
 from ..routing import Route, chosen, route
+from ..store.capture import capture
+from ..store.store import ActivationStore, ActivationWriter
 from .model import PocketModel, load_pocket
 from .study import Progress, controls_for, evaluate_dictionary, shipped
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..hosts import Tap
-from ..hosts.diffusers import architecture_of, attached
+from ..hosts.hooks import architecture_of, attached
+from ..hosts.host import Tap
 from .autoencoder import PATCH, TOKEN_WIDTH, Autoencoder, pack, unpack
 from .judge import Judge
 from .scenes import IMAGE_SIZE, MAX_WORDS

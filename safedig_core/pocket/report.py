@@ -10,12 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..dictionary import Dictionary
+from ..dictionary.dictionary import Dictionary
 from ..evaluation import Outcome, prompt_of, seed_of
-from ..hosts import Host
+from ..hosts.host import Host
 from ..prompts import PromptPair
 from ..routing import Route
-from ..steering import Site, compile_site
+from ..steering.steering import Site, compile_site
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1f2430;max-width:1080px;margin:2rem auto;padding:0 1rem}

@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..activations import ActivationStore
-from ..build import Recipe, fit_adapter
-from ..composition import conflicts
-from ..dictionary import Action, Dictionary, Domain, PositionInfo, save_dictionary
+from ..chain import Recipe, fit_adapter
+from ..dictionary.conflicts import conflicts
+from ..dictionary.dictionary import Action, Dictionary, Domain, PositionInfo, save_dictionary
 from ..evaluation import Method, Outcome, environment, roc, row, run
-from ..hosts import Everywhere
+from ..hosts.host import Everywhere
 from ..prompts import PromptPair, read_prompts
 from ..routing import Route
 from ..sae import SAE
-from ..steering import Steering
+from ..steering.steering import Steering
+from ..store.store import ActivationStore
 from .judge import Judge, risks
 from .model import PocketModel, load_judge
 from .prompt_sets import FOLDER

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from safedig_core.activations import ActivationStore, ActivationWriter, StoreError, StoreSettings
-from safedig_core.commands import card_text
-from safedig_core.dictionary import (
+from safedig_core.cli.commands import card_text
+from safedig_core.dictionary.dictionary import (
     Action,
     Card,
     Dictionary,
@@ -23,8 +22,7 @@ from safedig_core.dictionary import (
     check,
     save_adapter,
 )
-from safedig_core.foreign_files import ForeignError, read_foreign
-from safedig_core.index import (
+from safedig_core.hub.index import (
     Entry,
     IndexFileError,
     Location,
@@ -35,9 +33,11 @@ from safedig_core.index import (
     read_index,
     read_safety,
 )
+from safedig_core.interop.formats import ForeignError, read_foreign
 from safedig_core.positions import Architecture
 from safedig_core.prompts import PromptError, PromptPair, read_prompts, write_prompts
-from safedig_core.steering import Steering
+from safedig_core.steering.steering import Steering
+from safedig_core.store.store import ActivationStore, ActivationWriter, StoreError, StoreSettings
 from tests.tiny import write_dictionary
 
 SMALL = Architecture("flux", (1, 1), 4, 4)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from safedig_core.dictionary import Action
+from safedig_core.dictionary.dictionary import Action
 from safedig_core.positions import Architecture
-from tests.hub_server import FakeHub
+from tests.hub.hub_server import FakeHub
 from tests.nodes import real, standin
 from tests.nodes.server import Server
 from tests.tiny import TINY, write_dictionary

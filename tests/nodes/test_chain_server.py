@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from safedig_core.activations import ActivationStore
-from safedig_core.cli import main
-from safedig_core.dictionary import Dictionary, check
+from safedig_core.cli.parser import main
+from safedig_core.dictionary.dictionary import Dictionary, check
 from safedig_core.prompts import PromptPair, read_prompts, write_prompts
+from safedig_core.store.store import ActivationStore
 from tests.nodes.server import Result, Server
 from tests.nodes.test_definitions import as_prompt
 

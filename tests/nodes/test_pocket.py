@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from safedig_core.dictionary import Action
+from safedig_core.dictionary.dictionary import Action
 from safedig_core.pocket.model import SHIFT, schedule
 from tests.nodes import real
 from tests.nodes.conftest import pack_module
@@ -82,8 +82,8 @@ def test_steers_as_the_core_steers(pocket: Any, tmp_path: Path) -> None:
         [Action(p, "repel", "residual", 0.3) for p in POSITIONS[host.name]],
         architecture=host.architecture,
     )
-    patching, steering = pack_module("nodes.patching"), pack_module("safedig_core.steering")
-    Dictionary = pack_module("safedig_core.dictionary").Dictionary
+    patching, steering = pack_module("nodes.bridge.attachment"), pack_module("safedig_core.steering.steering")
+    Dictionary = pack_module("safedig_core.dictionary.dictionary").Dictionary
     with torch.inference_mode():
         tap = steering.Steering(Dictionary.open(path))
         expected = host.decode(host.sample(PROMPTS[:1] * 2, SEEDS, tap))
@@ -108,7 +108,7 @@ def test_pictures_survive_the_autoencoder(pocket: Any) -> None:
 def test_captures_what_the_core_captures(pocket: Any) -> None:
     """From the same seeds, as far as 'simple' rounds the noise levels otherwise: by 0.0005 at most."""
     model, clip, _, core = pocket
-    nodes, Recorder = pack_module("nodes.host"), pack_module("safedig_core.capture").Recorder
+    nodes, Recorder = pack_module("nodes.bridge.host"), pack_module("safedig_core.store.capture").Recorder
     settings = nodes.SamplerSettings(core.steps, core.guidance, "euler", "simple", 128, 128)
     host, found = nodes.ComfyHost(model, clip, settings, batch=1), []
     for each in (host, core):

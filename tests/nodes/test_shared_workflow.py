@@ -13,12 +13,12 @@ from urllib.parse import urlencode
 
 import pytest
 
-from safedig_core.card import Action
-from safedig_core.dictionary import Dictionary
-from safedig_core.index import Location, Reference, entry_for, index_text
+from safedig_core.dictionary.card import Action
+from safedig_core.dictionary.dictionary import Dictionary
+from safedig_core.hub.index import Location, Reference, entry_for, index_text
 from safedig_core.pocket.model import WEIGHTS
 from safedig_core.positions import Architecture
-from tests.hub_server import FakeHub, Handler, held
+from tests.hub.hub_server import FakeHub, Handler, held
 from tests.nodes.server import ROOT, Server
 from tests.nodes.test_definitions import as_prompt
 from tests.nodes.test_server import graph, latent, receipt

@@ -1,0 +1,1 @@
+"""Between nodes and the core: all that knows ComfyUI."""

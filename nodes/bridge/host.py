@@ -1,0 +1,285 @@
+"""A ComfyUI model as a host: MODEL, encoded prompts and sampler settings, sampled with a tap attached."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ...safedig_core.hosts.host import Tap
+from .attachment import attach_tap
+from .models import SAMPLERS, architecture_of
+
+LATENT_PIXELS, PATCH = 8, 2  # pixels a latent is wide; latents a token is wide, in both families
+
+Conditioning = list[list[Any]]  # ComfyUI's: [[sequence [1, T, d], {"pooled_output": [1, p], ...}], ...]
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """As KSampler has them; `width` and `height` in pixels, multiples of 16."""
+
+    steps: int
+    cfg: float
+    sampler: str
+    scheduler: str
+    width: int
+    height: int
+    negative: str = ""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One encoded prompt; `extra` holds what else its conditioning says, such as FLUX's guidance."""
+
+    sequence: Tensor  # [1, T, d]
+    pooled: Tensor  # [1, p]
+    extra: dict[str, Any]
+
+
+class ComfyHost:
+    """Samples `batch` images at a time, at most, where that is its own choice.
+
+    Prompts are encoded once, by `clip` or as given to `prepare`, and kept: the text encoder and the
+    diffusion model then take turns once, not at every batch.
+    """
+
+    def __init__(self, model: Any, clip: Any, settings: SamplerSettings, batch: int):
+        """Raises ValueError, naming it, for a model whose activations can't be read."""
+        from comfy.samplers import KSampler
+
+        self.architecture = architecture_of(model)
+        self.name = f"{self.architecture.family} {fingerprint(model)}"
+        self.steps, self.settings, self.batch = settings.steps, settings, batch
+        self._model, self._clip = model, clip
+        self._format = model.get_model_object("latent_format")
+        self._encoded: dict[str, Encoded] = {}
+        names = {"sampler": settings.sampler, "scheduler": settings.scheduler, "denoise": 1.0}
+        self._sigmas: Tensor = KSampler(model, settings.steps, model.load_device, **names).sigmas
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of a latent."""
+        s = self.settings
+        return self._format.latent_channels, s.height // LATENT_PIXELS, s.width // LATENT_PIXELS
+
+    def tokens(self) -> dict[str, int]:
+        """Sequence lengths by position, once a prompt has been prepared."""
+        _, rows, columns = self.latent_shape
+        text = next(iter(self._encoded.values())).sequence.shape[1]
+        image = (rows // PATCH) * (columns // PATCH)
+        return {p: image if p.endswith("img") else text for p in self.architecture.positions()}
+
+    def memory(self, images: int) -> tuple[float, float]:
+        """Bytes that sampling so many images takes on the model's device, and all that it has. Weights
+        that don't fit beside them are moved out by ComfyUI."""
+        from comfy.model_management import get_total_memory
+
+        needed = self._model.memory_required([images, *self.latent_shape])
+        return float(needed), float(get_total_memory(self._model.load_device))
+
+    def identity(self) -> dict[str, str | int | float]:
+        """What activations depend on besides the model and the prompts, once a prompt is prepared."""
+        s = self.settings
+        found: dict[str, str | int | float] = {
+            "steps": s.steps,
+            "cfg": s.cfg,
+            "sampler": s.sampler,
+            "sigmas": " ".join(f"{sigma:.4g}" for sigma in self._sigmas.tolist()),
+            "width": s.width,
+            "height": s.height,
+            "negative": s.negative,
+        }
+        found |= {k: str(v) for k, v in next(iter(self._encoded.values())).extra.items()}
+        if self._clip is None:
+            found["text_encoder"] = "given"
+        elif (patcher := getattr(self._clip, "patcher", None)) is not None:
+            found["text_encoder"] = fingerprint(patcher)
+        return found
+
+    def unknown(self, prompts: Sequence[str]) -> list[str]:
+        """Those that are still to be encoded."""
+        return [p for p in dict.fromkeys(prompts) if p not in self._encoded]
+
+    def prepare(
+        self,
+        prompts: Sequence[str],
+        given: Sequence[Conditioning] | None = None,
+        negative: Conditioning | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Encodes what is not known yet; `given`, one per prompt, are taken in place of the CLIP's.
+
+        Raises ValueError without a CLIP and anything given, and where a prompt is so long that its
+        tokens no longer pair up with the others'.
+        """
+        if given is not None:
+            if len(given) != len(prompts):
+                raise ValueError(
+                    f"There are {len(prompts)} prompts and {len(given)} conditionings: connect the texts of "
+                    "the same Load Prompt Pairs to the text encoder."
+                )
+            self._encoded |= {p: _encoded(c, p) for p, c in zip(prompts, given, strict=True)}
+        if negative is not None:
+            self._encoded[self.settings.negative] = _encoded(negative, "the negative prompt")
+        missing = self.unknown(prompts)
+        if self.settings.cfg != 1:
+            missing += self.unknown([self.settings.negative])
+        for done, prompt in enumerate(missing):
+            if progress is not None:
+                progress(done, len(missing))
+            if self._clip is None:
+                raise ValueError(
+                    f"Nothing tells how to encode '{prompt[:60]}': connect a CLIP, or conditionings of the "
+                    "texts and, with a cfg other than 1, a negative one."
+                )
+            tokens = self._clip.tokenize(prompt)
+            self._encoded[prompt] = _encoded(self._clip.encode_from_tokens_scheduled(tokens), prompt)
+        lengths = {p: self._encoded[p].sequence.shape[1] for p in prompts}
+        usual = min(lengths.values(), default=0)
+        for prompt, length in lengths.items():
+            if length != usual:
+                raise ValueError(
+                    f"'{prompt[:60]}' has {length} text tokens where others have {usual}, and activations "
+                    "pair up token by token: shorten it."
+                )
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        tap: Tap | None = None,
+        negatives: Sequence[str] | None = None,
+    ) -> Tensor:
+        """Latents [B, C, h, w] in the model's own scale. The tap sees the positive prompts' rows.
+
+        Raises NotSteered where a position is not reached, ValueError where the sampler did not call
+        the model once a step.
+        """
+        from comfy.sample import sample
+
+        with torch.inference_mode():
+            self.prepare([*prompts, *(negatives or ())])
+            positive = self._conditioning(prompts)
+            negative = positive  # not used with a cfg of 1
+            if self.settings.cfg != 1:
+                negative = self._conditioning(negatives or [self.settings.negative])
+            model, attachment = self._model, None
+            if tap is not None:
+                model, attachment = attach_tap(self._model, tap, "SafeDIG")
+            s, noise = self.settings, self._noise(seeds)
+            out = sample(
+                model, noise, s.steps, s.cfg, s.sampler, s.scheduler, positive, negative,
+                torch.zeros_like(noise), callback=_stop_if_interrupted, disable_pbar=True, seed=seeds[0],
+            )  # fmt: skip
+            if attachment is not None and attachment.runs[-1].evaluations != self.steps:
+                raise ValueError(
+                    f"The sampler called the model {attachment.runs[-1].evaluations} times in {self.steps} "
+                    f"steps: choose one that calls it once a step, such as {SAMPLERS[0]}."
+                )
+            return self._format.process_in(out)
+
+    def denoising_loss(
+        self,
+        prompts: Sequence[str],
+        latents: Tensor,
+        seeds: Sequence[int],
+        sigma: float,
+        tap: Tap | None = None,
+    ) -> float:
+        """Mean squared error of the velocity for `latents` mixed with noise at `sigma`: what one step
+        from there to 0 misses them by, over `sigma`."""
+        from comfy.sample import sample_custom
+        from comfy.samplers import sampler_object
+
+        total = 0.0
+        with torch.inference_mode():
+            self.prepare(prompts)
+            model = self._model if tap is None else attach_tap(self._model, tap, "SafeDIG")[0]
+            for start in range(0, len(prompts), self.batch):
+                part = slice(start, start + self.batch)
+                positive, noise = self._conditioning(prompts[part]), self._noise(seeds[part])
+                out = sample_custom(
+                    model, noise, 1.0, sampler_object("euler"), torch.tensor([sigma, 0.0]), positive,
+                    positive, self._format.process_out(latents[part]), callback=_stop_if_interrupted,
+                    disable_pbar=True, seed=seeds[start],
+                )  # fmt: skip
+                error = (self._format.process_in(out) - latents[part]) / sigma
+                total += error.square().sum().item()
+        return total / latents.numel()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        raise NotImplementedError("pictures are decoded by VAE Decode")
+
+    def _conditioning(self, prompts: Sequence[str]) -> Conditioning:
+        """One conditioning with a row per prompt."""
+        parts = [self._encoded[prompt] for prompt in prompts]
+        for prompt, part in zip(prompts, parts, strict=True):
+            if part.extra != parts[0].extra:
+                raise ValueError(f"'{prompt[:60]}' was encoded with other settings than other prompts.")
+        pooled = torch.cat([part.pooled for part in parts])
+        return [[torch.cat([p.sequence for p in parts]), parts[0].extra | {"pooled_output": pooled}]]
+
+    def _noise(self, seeds: Sequence[int]) -> Tensor:
+        """[B, C, h, w]: each image's depends on its seed alone. Drawn token by token, as FLUX packs its
+        latents: the same noise as that of a host outside ComfyUI."""
+        channels, rows, columns = self.latent_shape
+        shape = (rows // PATCH) * (columns // PATCH), channels * PATCH**2
+        tokens = torch.stack(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        )
+        pattern = "b (h w) (c p q) -> b c (h p) (w q)"
+        return rearrange(tokens, pattern, h=rows // PATCH, p=PATCH, q=PATCH)
+
+
+def _encoded(conditioning: Conditioning, prompt: str) -> Encoded:
+    """Raises ValueError on anything but one plain encoded prompt."""
+    if len(conditioning) != 1:
+        raise ValueError(
+            f"The conditioning of '{prompt[:60]}' is made of {len(conditioning)}: activations are captured "
+            "of one prompt at a time."
+        )
+    sequence, said = conditioning[0]
+    extra = {k: v for k, v in said.items() if k != "pooled_output"}
+    for name, value in extra.items():
+        if not isinstance(value, (int, float, str)):
+            raise ValueError(f"The conditioning of '{prompt[:60]}' has a {name}: encode plain text only.")
+    if said.get("pooled_output") is None:
+        raise ValueError(f"The conditioning of '{prompt[:60]}' lacks a pooled output: use the model's CLIP.")
+    return Encoded(sequence.cpu(), said["pooled_output"].cpu(), extra)
+
+
+def _stop_if_interrupted(*step: Any) -> None:
+    from comfy.model_management import throw_exception_if_processing_interrupted
+
+    throw_exception_if_processing_interrupted()
+
+
+def fingerprint(model: Any) -> str:
+    """Tells a ModelPatcher from others of the same shapes: 16 hex digits over some numbers of each of
+    its weights, as they were before patching, and of what is patched into them (LoRA)."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            some = value.detach().flatten()[:: max(1, value.numel() // 16)]
+            digest.update(some.float().cpu().numpy().tobytes())
+        elif isinstance(value, (list, tuple)):
+            for entry in value:
+                add(entry)
+        elif isinstance(value, (int, float, str)):
+            digest.update(repr(value).encode())
+        elif hasattr(value, "weights"):  # a LoRA and its like
+            add(value.weights)
+
+    for name, weight in model.model.named_parameters():
+        saved = model.backup.get(name)
+        add((name, weight if saved is None else saved.weight))
+    for name, patches in model.patches.items():
+        add((str(name), patches))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,36 @@
+"""What a loaded model is: its family and shapes; and how its activations can be captured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...safedig_core.positions import Architecture
+
+FAMILIES = {"Flux": "flux", "OpenAISignatureMMDITWrapper": "sd3"}  # AuraFlow has an MMDiT too
+# Deterministic, and one evaluation of the model a step: so a step's number tells its noise level.
+SAMPLERS = ("euler", "dpmpp_2m", "deis", "res_multistep")
+SCHEDULERS = ("simple", "normal", "sgm_uniform", "beta")
+REFUSED = {
+    "HiDreamImageTransformer2DModel": "HiDream's blocks can't be hooked",
+    "ComfyFluxWrapper": "Nunchaku's FLUX never calls block hooks; load it with Load Diffusion Model instead",
+}
+
+
+def architecture_of(model: Any) -> Architecture:
+    """The shapes of a loaded model. Raises ValueError, naming it, where it can't be steered."""
+    module = transformer_of(model)
+    name = type(module).__name__
+    if name not in FAMILIES:
+        reason = REFUSED.get(name, "SafeDIG knows how to steer FLUX.1 and SD3.5")
+        raise ValueError(f"This model ({name}) can't be steered: {reason}.")
+    if FAMILIES[name] == "flux":
+        blocks = (len(module.double_blocks), len(module.single_blocks))
+        return Architecture("flux", blocks, module.hidden_size, module.params.context_in_dim)
+    text_width = module.context_embedder.in_features
+    return Architecture("sd3", (len(module.joint_blocks), 0), module.hidden_size, text_width)
+
+
+def transformer_of(model: Any) -> Any:
+    """The transformer itself, without torch.compile's wrapping."""
+    module = model.get_model_object("diffusion_model")
+    return getattr(module, "_orig_mod", module)

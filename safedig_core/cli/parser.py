@@ -1,0 +1,192 @@
+"""The command line: every command prints a short report, writes --json, resumes, fails in one line."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from .. import __version__
+from ..distributed import Interrupted, joined
+from .commands import (
+    FULL_SIZE,
+    MODELS,
+    Progress,
+    run_adapt,
+    run_bench,
+    run_capture,
+    run_check,
+    run_demo,
+    run_evaluate,
+    run_export,
+    run_import,
+    run_inspect,
+    run_route,
+    run_train,
+)
+from .hub import add_commands
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m safedig_core", description="SafeDIG: steer inside the model."
+    )
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
+        return sub
+
+    def model(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--model", default=MODELS[0], choices=MODELS)
+        sub.add_argument("--seed", type=int, default=0)
+
+    def any_model(sub: argparse.ArgumentParser) -> None:
+        known = f"{', '.join(MODELS)}, or {FULL_SIZE}<folder or repository> of FLUX.1 or SD3.5"
+        sub.add_argument("--model", default=MODELS[0], help=known)
+        sub.add_argument("--size", type=int, default=1024, help="of a full-size model's pictures, in pixels")
+        sub.add_argument("--seed", type=int, default=0)
+
+    def names(text: str) -> list[str]:
+        return [name.strip() for name in text.split(",") if name.strip()]
+
+    def evaluation(sub: argparse.ArgumentParser) -> None:
+        model(sub)
+        sub.add_argument("--prompts", type=Path, help="evaluation set, in place of the shipped one")
+        sub.add_argument("--images-per-prompt", type=int, default=1)
+
+    def recipe(sub: argparse.ArgumentParser, required: bool = True) -> None:
+        sub.add_argument(
+            "--tune", type=Path, required=required, help="prompts to calibrate on, kept out of --store"
+        )
+        sub.add_argument("--blend", type=float)
+        sub.add_argument("--repel", type=float)
+        sub.add_argument(
+            "--window",
+            type=float,
+            nargs=2,
+            metavar=("START", "END"),
+            help="noise levels at which image tokens are steered",
+        )
+        sub.add_argument("--title", default="")
+        sub.add_argument("--creator", default="")
+        sub.add_argument("--data-licence", default="")
+        sub.add_argument("--weights-licence", default="")
+        sub.add_argument("--out", type=Path, required=True)
+
+    sub = command("demo", run_demo, "the whole method on the pocket model, with a report")
+    evaluation(sub)
+    sub.add_argument("--out", type=Path, default=Path("out/demo"))
+
+    sub = command("capture", run_capture, "sample prompt pairs and store their activations")
+    any_model(sub)
+    sub.add_argument("--prompts", type=Path, required=True)
+    sub.add_argument("--store", type=Path, required=True)
+    sub.add_argument("--positions", type=names, help="comma-separated; default: all")
+    sub.add_argument("--steps", type=int, default=6, help="how many sampling steps to capture")
+    sub.add_argument("--tokens", type=int, help="tokens per image; default: all")
+    sub.add_argument("--pairs-per-shard", type=int, help="sampled at once; default: 12, or what fits")
+
+    sub = command("route", run_route, "score positions and operators before any training")
+    sub.add_argument("--store", type=Path, required=True)
+    sub.add_argument("--source", required=True)
+    sub.add_argument("--target", required=True)
+    sub.add_argument("--target-pairs", type=int, default=16)
+
+    sub = command("train", run_train, "train a dictionary on the source domain")
+    any_model(sub)
+    sub.add_argument("--store", type=Path, required=True)
+    sub.add_argument("--source", required=True)
+    sub.add_argument("--target", help="for routing, where no --positions are given")
+    sub.add_argument("--positions", type=names)
+    sub.add_argument("--work", type=Path, default=Path("out/train"), help="folder for checkpoints")
+    sub.add_argument("--kind", choices=("batch_topk", "relu_l1"))
+    for name in ("features", "k", "steps", "batch"):
+        sub.add_argument(f"--{name}", type=int)
+    recipe(sub)
+
+    sub = command("adapt", run_adapt, "adapt a dictionary's decoder to one more domain")
+    any_model(sub)
+    sub.add_argument("--store", type=Path, required=True)
+    sub.add_argument("--dictionary", type=Path, required=True)
+    sub.add_argument("--domain", required=True)
+    sub.add_argument("--source", required=True, help="the domain to replay")
+    recipe(sub)
+
+    sub = command("import", run_import, "a dictionary from SAEs of SAELens, sparsify or dictionary_learning")
+    model(sub)
+    sub.add_argument(
+        "--sae",
+        nargs=2,
+        action="append",
+        required=True,
+        metavar=("POSITION", "FOLDER"),
+        help="an SAE and the position it belongs to; repeat for more",
+    )
+    sub.add_argument("--store", type=Path, help="activations of the same positions, to measure and choose by")
+    sub.add_argument("--source", help="with --store and --tune: choose features for this domain, adapt, gate")
+    sub.add_argument("--like", type=Path, help="a dictionary for the same model, in place of --model")
+    sub.add_argument(
+        "--architecture",
+        metavar="FAMILY,BLOCKS,BLOCKS,WIDTH,TEXT_WIDTH",
+        help="in place of --model: flux,19,38,3072,4096 is FLUX.1",
+    )
+    recipe(sub, required=False)
+
+    sub = command("export", run_export, "write one position of a dictionary as an SAE of SAELens")
+    sub.add_argument("--dictionary", type=Path, required=True)
+    sub.add_argument("--position", required=True)
+    sub.add_argument("--out", type=Path, required=True, help="folder")
+
+    sub = command("evaluate", run_evaluate, "measure a dictionary against the unsteered model")
+    evaluation(sub)
+    sub.add_argument("--dictionary", type=Path, required=True)
+    sub.add_argument("--adapter", type=Path, nargs="*", default=[])
+    sub.add_argument("--out", type=Path, default=Path("out/evaluate"))
+
+    sub = command("bench", run_bench, "what steering, loading and capture cost, as ratios of one run")
+    sub.add_argument("--families", type=names, help="flux1-dev, sd3.5-medium, sd3.5-large; default: all")
+    sub.add_argument("--store", type=Path, help="a captured store, to compare training with SAE libraries on")
+    sub.add_argument("--position", default="double.1.img", help="whose activations to train on")
+
+    for name, run, text in (
+        ("inspect", run_inspect, "show a dictionary's card"),
+        ("check", run_check, "check a file to its last number"),
+    ):
+        command(name, run, text).add_argument("file", help="or an id of the index, or safedig://...")
+    add_commands(command)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    o = parser().parse_args(arguments)
+    who = o.command
+    try:
+        with joined() as o.processes:
+            first = o.processes.rank == 0
+            if o.processes.size > 1:
+                who = f"{o.command} (process {o.processes.rank} of {o.processes.size})"
+                if o.command not in ("capture", "train"):
+                    raise ValueError("this command is for one process: start it without torchrun")
+            with redirect_stdout(sys.stdout if first else io.StringIO()):
+                result = o.run(o, Progress(shown=first))
+            if o.json is not None and first:
+                o.json.parent.mkdir(parents=True, exist_ok=True)
+                o.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"{who}: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        print(f"{who}: stopped: {error}. Start the same command again to go on from here.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{who}: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0

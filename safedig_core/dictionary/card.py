@@ -1,0 +1,143 @@
+"""The card of a dictionary or adapter file: all that the file says about itself, as JSON."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..files import DOMAIN, build, need
+from ..positions import Architecture
+
+FORMAT = 1
+OPERATORS = ("blend", "repel")
+FORMS = ("residual", "paper")
+MAX_FEATURES = 1 << 20
+
+_SHA256 = re.compile(r"(?:[0-9a-f]{64})?")
+
+
+@dataclass
+class Gate:
+    """When a domain acts: once its pooled evidence, scaled by `norms`, is over `threshold`.
+
+    `false_positive_rate` is the share of `prompts` safe prompts that opened it.
+    """
+
+    norms: dict[str, float]
+    threshold: float
+    false_positive_rate: float
+    prompts: int
+
+    def __post_init__(self) -> None:
+        need(all(norm > 0 for norm in self.norms.values()), "the norms of a gate must be over 0")
+        need(0 <= self.false_positive_rate <= 1, "a gate's false_positive_rate must lie in 0 to 1")
+
+
+@dataclass
+class Domain:
+    """The harmful features of one risk domain, by position, with their weights as evidence."""
+
+    features: dict[str, list[int]]
+    weights: dict[str, list[float]]
+    gate: Gate | None = None
+
+    def __post_init__(self) -> None:
+        need(self.features.keys() == self.weights.keys(), "a domain lacks features or weights of a position")
+        for position, indices in self.features.items():
+            weights = self.weights[position]
+            need(len(set(indices)) == len(indices), f"a domain names a feature of {position} twice")
+            need(len(weights) == len(indices), f"a domain lacks features or weights at {position}")
+            need(all(weight >= 0 for weight in weights), f"a domain has negative weights at {position}")
+        norms = self.gate.norms if self.gate else {}
+        need(norms.keys() <= self.features.keys(), "a gate has norms where its domain has no features")
+
+
+@dataclass(frozen=True)
+class Action:
+    """One entry of a plan: an operator at a position while start >= sigma >= end (noise levels).
+
+    It acts for the one `domain`, or for all where that is empty.
+    """
+
+    position: str
+    operator: str
+    form: str
+    strength: float
+    window: tuple[float, float] = (1.0, 0.0)
+    score: dict[str, float] = field(default_factory=dict)
+    domain: str = ""
+
+    def __post_init__(self) -> None:
+        need(self.operator in OPERATORS, f"an operator must be one of {', '.join(OPERATORS)}")
+        need(self.form in FORMS, f"a form must be one of {', '.join(FORMS)}")
+        need(0 <= self.strength <= 10, "a strength must lie in 0 to 10")
+        start, end = self.window
+        need(1 >= start >= end >= 0, "a window must run down, from at most 1 to at least 0")
+
+
+@dataclass
+class PositionInfo:
+    """`prefix`: how many harmful features come first; `quality`: measured, as in sae.quality."""
+
+    prefix: int
+    quality: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Card:
+    """All that a file says about itself. An adapter's has a `base_sha256`, one domain, no positions."""
+
+    architecture: Architecture
+    positions: dict[str, PositionInfo] = field(default_factory=dict)
+    domains: dict[str, Domain] = field(default_factory=dict)
+    plan: list[Action] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
+    licence: dict[str, str] = field(default_factory=lambda: {"data": "", "weights": ""})
+    creator: str = ""
+    title: str = ""
+    source_sha256: str = ""  # of what it was trained on
+    base_sha256: str = ""  # of the dictionary file that an adapter belongs to
+
+    @property
+    def kind(self) -> str:
+        return "adapter" if self.base_sha256 else "dictionary"
+
+    def to_json(self) -> dict[str, Any]:
+        value = asdict(self) | {"format": FORMAT, "kind": self.kind}
+        value["architecture"] = self.architecture.to_json()
+        del value["positions" if self.base_sha256 else "base_sha256"]
+        return value
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Card:
+        """Raises ValueError on anything but what `to_json` writes."""
+        found = dict(value)
+        version, kind = found.pop("format", None), found.pop("kind", None)
+        need(type(version) is int and version == FORMAT, f"its format is {version!r:.20}, not {FORMAT}")
+        card: Card = build(cls, found, "card")
+        need(kind == card.kind, f"its kind is {kind!r:.20}, but it has the contents of a file '{card.kind}'")
+        need(card.licence.keys() == {"data", "weights"}, "card.licence must have data and weights")
+        for name in ("source_sha256", "base_sha256"):
+            need(_SHA256.fullmatch(getattr(card, name)), f"card.{name} is not a SHA-256")
+        limits = dict.fromkeys(card.architecture.positions(), MAX_FEATURES)  # features to choose from
+        need(card.positions.keys() <= limits.keys(), "card.positions are not those of its architecture")
+        if card.kind == "dictionary":
+            limits = {position: info.prefix for position, info in card.positions.items()}
+        elif len(card.domains) != 1 or card.positions:
+            raise ValueError("an adapter must have one domain and no positions")
+        card.require(limits)
+        return card
+
+    def require(self, limits: dict[str, int]) -> None:
+        """Raises ValueError where domains or plan go beyond these positions and numbers of features."""
+        for name, domain in self.domains.items():
+            need(DOMAIN.fullmatch(name), f"'{name:.64}' is not the name of a domain")
+            for where, indices in domain.features.items():
+                need(where in limits, f"domain {name} is at position '{where:.64}', which is not there")
+                most = max(indices, default=-1)
+                need(most < limits[where], f"domain {name} has feature {most} of {limits[where]} at {where}")
+        for action in self.plan:
+            where, name = action.position, action.domain
+            need(where in limits, f"the plan is for position '{where:.64}', which is not there")
+            need(name in ("", *self.domains), f"the plan is for domain '{name:.64}', which is not there")

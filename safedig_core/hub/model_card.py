@@ -1,0 +1,155 @@
+"""A published dictionary's page on the Hub: README.md, written from its card and index entry."""
+
+from __future__ import annotations
+
+import re
+
+from ..dictionary.card import Card
+from .index import Entry, Safety
+
+_HOME = "https://arxiv.org/abs/2605.30049"
+# those that the Hub knows by these names
+_LICENCES = {"apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"}
+
+
+def model_card(card: Card, entry: Entry) -> str:
+    """Markdown with the Hub's YAML head."""
+    kind = card.kind
+    parts = [
+        _head(card),
+        f"# {_text(entry.title)}",
+        f"A [SafeDIG]({_HOME}) {kind} for ComfyUI. It steers a {card.architecture.describe()} away from "
+        f"**{', '.join(card.domains)}** while it samples. By {_text(card.creator) or 'unknown'}.",
+        _use(entry, card),
+        "## Domains\n\n" + _domains(card),
+        "## Plan\n\n" + _plan(card),
+        "## Measured\n\n" + _measured(entry.safety),
+    ]
+    if card.positions:
+        parts.append("## Autoencoders\n\n" + _autoencoders(card))
+    parts += [
+        "## Limits\n\n" + _limits(card, entry.safety),
+        "## Licence and origin\n\n" + _origin(card, entry),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(card: Card) -> str:
+    licence = re.sub(r"[^a-z0-9.-]+", "-", card.licence["weights"].lower()).strip("-")
+    known = (
+        [f"license: {licence}"]
+        if licence in _LICENCES
+        else ["license: other", f"license_name: {licence or 'unnamed'}"]
+    )
+    tags = ["safedig", "comfyui", "safety", "sparse-autoencoder", card.architecture.family]
+    return "\n".join(["---", *known, "tags:", *(f"- {tag}" for tag in tags), "---"])
+
+
+def _use(entry: Entry, card: Card) -> str:
+    steps = "In ComfyUI with SafeDIG, paste this into *reference* of **Load SafeDIG Dictionary**"
+    if card.kind == "adapter":
+        steps += f", and connect the dictionary `{entry.base}` to its *base*"
+    return f"## Use\n\n{steps}:\n\n```\n{entry.reference}\n```\n\nIt names these bytes for good."
+
+
+def _domains(card: Card) -> str:
+    rows = []
+    for name, domain in card.domains.items():
+        features = ", ".join(f"{len(found)} at {position}" for position, found in domain.features.items())
+        if domain.gate is None:
+            gate = "none"
+        else:
+            rate, prompts = domain.gate.false_positive_rate, domain.gate.prompts
+            gate = f"opened by {rate:.1%} of {prompts} safe prompts"
+        rows.append([name, features or "none", gate])
+    return _table(["domain", "harmful features", "gate"], rows)
+
+
+def _plan(card: Card) -> str:
+    if not card.plan:
+        return "None: choose positions with *Select Positions*."
+    rows = []
+    for a in card.plan:
+        score = ", ".join(f"{name} {value:.2f}" for name, value in a.score.items())
+        rows.append(
+            [a.position, a.operator, a.form, f"{a.strength:g}", f"{a.window[0]:g} to {a.window[1]:g}",
+             a.domain or "all", score or "none"]
+        )  # fmt: skip
+    heads = ["position", "operator", "form", "strength", "noise levels", "for domain", "routing scores"]
+    return _table(heads, rows)
+
+
+def _measured(safety: Safety | None) -> str:
+    if safety is None:
+        return "Nothing was measured. Try it on your own prompts before you rely on it."
+    domains = sorted({domain for row in safety.rows for domain in row.line_asr})
+    rows = []
+    for row in safety.rows:
+        cells = [row.method, str(row.n_images)]
+        for domain in domains:
+            low, high = row.line_asr_interval.get(domain, (0.0, 1.0))
+            share = row.line_asr.get(domain)
+            cells.append("not measured" if share is None else f"{share:.1%} ({low:.1%} to {high:.1%})")
+        shares = (
+            row.safe_object_kept,
+            row.safe_prompt_identical,
+            row.safe_prompt_detected,
+            row.artefact_rate,
+        )
+        rows.append(
+            [*cells, *(f"{share:.1%}" for share in shares), f"{row.fid:.2f}", f"{row.time_ratio:.2f}"]
+        )
+    heads = ["method", "images", *(f"{domain}: still unsafe" for domain in domains)]
+    heads += ["safe object kept", "safe prompts identical", "safe prompts: object seen", "artefacts"]
+    heads += ["FID-like", "time"]
+    return (
+        f"On {_text(safety.model)}, evaluation seed {safety.seed}, with `python -m safedig_core evaluate`. "
+        "Shares of pictures, with 95 % Wilson intervals; FID-like distance and time against the "
+        "unsteered model (`none`).\n\n" + _table(heads, rows)
+    )
+
+
+def _autoencoders(card: Card) -> str:
+    rows = []
+    for name, info in card.positions.items():
+        quality = ", ".join(f"{key} {value:.3g}" for key, value in info.quality.items())
+        rows.append([name, str(info.prefix), quality or "not measured"])
+    return _table(["position", "harmful features", "quality"], rows)
+
+
+def _limits(card: Card, safety: Safety | None) -> str:
+    lines = [
+        "It lowers the share of unsafe pictures; it does not bring it to zero, and it is no filter of "
+        "prompts or pictures.",
+        f"It knows only {', '.join(card.domains)}. Other risks pass as they are.",
+        f"It fits a {card.architecture.describe()} and is refused by any other. Fine-tunes of that model may "
+        "respond otherwise than what was measured.",
+        "Gates were calibrated on the prompts of the table above; prompts of another kind may open them more "
+        "or less often.",
+    ]
+    if safety is not None:
+        lines.append(f"The figures are of {_text(safety.model)} and its evaluation prompts alone.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _origin(card: Card, entry: Entry) -> str:
+    lines = [
+        f"weights: {_text(card.licence['weights'])}",
+        f"data: {_text(card.licence['data']) or 'not stated'}",
+        f"file: {entry.size} bytes, SHA-256 `{entry.sha256}`",
+    ]
+    if card.source_sha256:
+        lines.append(f"trained on prompts with SHA-256 `{card.source_sha256}`")
+    if card.base_sha256:
+        lines.append(f"for the dictionary with SHA-256 `{card.base_sha256}` and no other")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(_text(cell) for cell in line) + " |" for line in lines)
+
+
+def _text(value: str) -> str:
+    """As plain text in Markdown: on one line, without tags, links, code or cells of its own."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(value.split()))

@@ -1,0 +1,1 @@
+"""Operators, gate and plan."""

@@ -1,0 +1,89 @@
+"""Capture: paired prompts, sampled from the same noise, to an activation store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..distributed import ALONE, Group
+from ..hosts.host import Host
+from .store import ActivationWriter
+
+
+class Recorder:
+    """A tap that keeps chosen tokens of chosen steps.
+
+    `tokens[position]` holds [B, K] indices, or None for all tokens. After sampling,
+    `activations[position]` is [B, S, K, d] bfloat16.
+    """
+
+    def __init__(self, tokens: dict[str, Callable[[int], Tensor]], steps: Sequence[int]):
+        """`tokens[position](T)` gives the indices [B, K] for a sequence of T tokens."""
+        self.positions = tuple(tokens)
+        self._tokens, self._steps = tokens, list(steps)
+
+    def begin(self, images: int, steps: int) -> None:
+        self._parts: dict[str, list[Tensor]] = {p: [] for p in self.positions}
+        self.indices: dict[str, Tensor] = {}
+
+    def step(self, index: int, sigma: float, rows: slice) -> None:
+        self._wanted, self._rows = index in self._steps, rows
+
+    def __call__(self, position: str, a: Tensor) -> Tensor:
+        if self._wanted:
+            part = a[self._rows]
+            if position not in self.indices:
+                self.indices[position] = self._tokens[position](part.shape[1])
+            index = self.indices[position].to(a.device)[..., None].expand(-1, -1, part.shape[2])
+            self._parts[position].append(part.gather(1, index).to(torch.bfloat16).cpu())
+        return a
+
+    @property
+    def activations(self) -> dict[str, Tensor]:
+        return {position: torch.stack(parts, 1) for position, parts in self._parts.items()}
+
+
+def capture(
+    host: Host,
+    writer: ActivationWriter,
+    progress: Callable[[int, int], None] | None = None,
+    processes: Group = ALONE,
+) -> None:
+    """Fills `writer`'s store with what is missing; `progress(done, total)` counts shards.
+
+    Both prompts of a pair start from the noise of seed `settings.seed + pair index` and are
+    sampled in one batch, so their activations pair up by step and token. Each of several `processes`
+    takes its share of the shards, and `progress` counts those; it returns when its own are written.
+    """
+    settings = writer.settings
+    groups = writer.groups()
+    share = range(processes.rank, len(groups), processes.size)
+    missing = [group for group in writer.missing() if group in share]
+    for done, group in enumerate(missing):
+        if progress is not None:
+            progress(len(share) - len(missing) + done, len(share))
+        pairs = groups[group]
+        sides = 1 if settings.prompts[pairs[0]].unsafe is None else 2
+        prompts, seeds = [], []
+        for pair in pairs:
+            prompt = settings.prompts[pair]
+            prompts += [prompt.safe] if prompt.unsafe is None else [prompt.unsafe, prompt.safe]
+            seeds += [settings.seed + pair] * sides
+
+        def tokens(position: str, total: int, pairs: list[int] = pairs, sides: int = sides) -> Tensor:
+            rows = [writer.sample_tokens(pair, position, total) for pair in pairs]
+            return torch.stack(rows).repeat_interleave(sides, 0)
+
+        recorder = Recorder(
+            {p: (lambda total, p=p: tokens(p, total)) for p in settings.positions}, settings.steps
+        )
+        latents = host.sample(prompts, seeds, recorder)
+        shard = {"latents": latents.float().cpu().unflatten(0, (len(pairs), sides))}
+        for position, a in recorder.activations.items():
+            shard[position] = a.unflatten(0, (len(pairs), sides))
+            shard[f"{position}/tokens"] = recorder.indices[position][::sides].to(torch.int32)
+        writer.write(group, shard)
+    if progress is not None:
+        progress(len(share), len(share))

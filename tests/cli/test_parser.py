@@ -1,0 +1,182 @@
+"""The command line: the whole chain on the pocket model, killed and run again; errors in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from safedig_core.cli.parser import main
+from safedig_core.dictionary.dictionary import Dictionary
+from safedig_core.pocket.study import shipped
+from safedig_core.prompts import write_prompts
+
+SMALL = ["--features", "96", "--k", "8", "--steps", "60", "--batch", "256"]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A few prompts of each kind, as files."""
+    folder = tmp_path_factory.mktemp("prompts")
+    found = {}
+    for name in ("train", "tune", "evaluate"):
+        pairs = [p for d in ("weapons", "substances", "safe") for p in shipped(name, [d])[::7][:5]]
+        write_prompts(folder / f"{name}.jsonl", pairs)
+        found[name] = str(folder / f"{name}.jsonl")
+    return found
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()
+    }
+
+
+def kill_when(command: list[str], seen: Path, count: int) -> None:
+    """Runs the command and kills it as soon as `seen` matches `count` files."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "safedig_core", *command],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while len(list(seen.parent.glob(seen.name))) < count:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def chain(prompts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """capture, train and adapt, in one folder."""
+    out = tmp_path_factory.mktemp("chain")
+    positions = ["--positions", "text,double.1.img"]
+    store = ["--store", str(out / "store")]
+    tune = ["--tune", prompts["tune"]]
+    capture = ["capture", "--prompts", prompts["train"], *store, *positions, "--pairs-per-shard", "2"]
+    assert main(capture) == 0
+    train = ["train", *store, *tune, *positions, "--source", "weapons", "--out", str(out / "w.safetensors")]
+    assert main([*train, "--work", str(out / "work"), *SMALL]) == 0
+    adapt = ["adapt", *store, *tune, "--dictionary", str(out / "w.safetensors"), "--domain", "substances"]
+    assert main([*adapt, "--source", "weapons", "--out", str(out / "s.safetensors")]) == 0
+    return out
+
+
+def test_a_killed_capture_ends_in_the_same_store(
+    chain: Path, prompts: dict[str, str], tmp_path: Path
+) -> None:
+    command = ["capture", "--prompts", prompts["train"], "--store", str(tmp_path / "store")]
+    command += ["--positions", "text,double.1.img", "--pairs-per-shard", "2"]
+    kill_when(command, tmp_path / "store" / "shard-*.json", 2)
+    assert digests(tmp_path / "store") != digests(chain / "store")
+    assert main(command) == 0
+    assert digests(tmp_path / "store") == digests(chain / "store")
+
+
+def test_a_killed_training_ends_in_the_same_dictionary(
+    chain: Path, prompts: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "w.safetensors"
+    command = ["train", "--store", str(chain / "store"), "--tune", prompts["tune"], "--source", "weapons"]
+    command += [
+        "--positions",
+        "text,double.1.img",
+        "--out",
+        str(out),
+        "--work",
+        str(tmp_path / "work"),
+        *SMALL,
+    ]
+    kill_when(command, tmp_path / "work" / "*.ckpt.safetensors", 1)
+    assert not out.exists()
+    assert main(command) == 0
+    assert out.read_bytes() == (chain / "w.safetensors").read_bytes()
+
+
+def test_route_evaluate_inspect_and_check(
+    chain: Path, prompts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, both = ["--store", str(chain / "store")], ["--source", "weapons", "--target", "substances"]
+    assert main(["route", *store, *both, "--json", str(tmp_path / "route.json")]) == 0
+    routes = json.loads((tmp_path / "route.json").read_text())
+    assert {r["position"] for r in routes["routes"]} == {"text", "double.1.img"}
+    dictionary = ["--dictionary", str(chain / "w.safetensors"), "--adapter", str(chain / "s.safetensors")]
+    evaluate = ["evaluate", *dictionary, "--prompts", prompts["evaluate"], "--out", str(tmp_path / "out")]
+    assert main([*evaluate, "--json", str(tmp_path / "evaluate.json")]) == 0
+    results = json.loads((tmp_path / "evaluate.json").read_text())
+    assert results["rows"][0]["method"] == "none"
+    assert "safedig-residual" in [row["method"] for row in results["rows"]]
+    assert all(row["n_images"] == 15 for row in results["rows"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "safedig-residual" in page
+    assert 'src="http' not in page  # self-contained
+    capsys.readouterr()
+    for command in ("inspect", "check"):
+        for name in ("w.safetensors", "s.safetensors") if command == "check" else ("w.safetensors",):
+            assert main([command, str(chain / name)]) == 0
+    assert "domain weapons" in capsys.readouterr().out
+
+
+def test_exported_and_imported_again_it_is_the_same_dictionary(
+    chain: Path, prompts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saes = []
+    for position in ("text", "double.1.img"):
+        export = ["export", "--dictionary", str(chain / "w.safetensors"), "--position", position]
+        assert main([*export, "--out", str(tmp_path / position)]) == 0
+        saes += ["--sae", position, str(tmp_path / position)]
+    out = ["--out", str(tmp_path / "i.safetensors"), "--title", "Imported"]
+    completed = ["--store", str(chain / "store"), "--source", "weapons", "--tune", prompts["tune"]]
+    assert main(["import", *saes, *completed, *out]) == 0
+    ours, theirs = (Dictionary.open(p).card for p in (chain / "w.safetensors", tmp_path / "i.safetensors"))
+    assert theirs.title == "Imported"
+    assert theirs.plan == ours.plan
+    assert theirs.domains["weapons"].features == ours.domains["weapons"].features
+    for position, info in ours.positions.items():
+        assert theirs.positions[position].quality == pytest.approx(info.quality, rel=1e-2)
+        assert theirs.training["imported"][position]["library"] == "SAELens"
+    assert theirs.domains["weapons"].gate is not None
+    capsys.readouterr()
+    bare = ["--like", str(chain / "w.safetensors"), "--out", str(tmp_path / "b.safetensors")]
+    assert main(["import", *saes, *bare]) == 0
+    assert not Dictionary.open(tmp_path / "b.safetensors").card.domains
+    assert "imported from SAELens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        (
+            ["import", "--sae", "text", "no", "--out", "d", "--architecture", "flux,1,1,8,8"],
+            "no: there is no SAE",
+        ),
+        (["import", "--sae", "joint.0.img", "no", "--out", "d"], "has no position 'joint.0.img'"),
+        (["import", "--sae", "text", "no", "--out", "d", "--architecture", "flux,1"], "'flux,1' is no"),
+        (
+            ["import", "--sae", "text", "no", "--out", "d", "--like", "no.safetensors"],
+            "no.safetensors: there is no such file",
+        ),
+        (["check", "missing.safetensors"], "missing.safetensors: there is no such file"),
+        (["route", "--store", "nowhere", "--source", "a", "--target", "b"], "nowhere"),
+        (["capture", "--prompts", "no.jsonl", "--store", "s"], "no.jsonl"),
+    ],
+)
+def test_bad_input_ends_in_one_line(
+    command: list[str], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert complaint in error[0]

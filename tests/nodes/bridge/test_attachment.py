@@ -1,0 +1,494 @@
+"""The contract between the steering and a ComfyUI model, in a stand-in and in the real one."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from safedig_core.dictionary.dictionary import Action
+from safedig_core.positions import Architecture
+from tests.nodes.conftest import pack_module
+from tests.tiny import TINY, write_dictionary
+
+patching = pack_module("nodes.bridge.attachment")
+Steering = pack_module("safedig_core.steering.steering").Steering
+RiskFound = patching.RiskFound
+NotSteered = patching.NotSteered
+
+ARCHITECTURE = {"flux": TINY, "sd3": Architecture("sd3", (2, 0), 128, 16)}
+BLOCK = {"flux": "double.1.img", "sd3": "joint.1.img"}
+EVERYWHERE = {
+    "flux": ["text", *(f"{k}.{i}.{s}" for k in ("double", "single") for i in (0, 1) for s in ("txt", "img"))],
+    "sd3": ["text", "joint.0.txt", "joint.0.img", "joint.1.img"],
+}
+NEGATIVE, PROMPT, OTHER = 99, 1, 2
+
+
+@pytest.fixture
+def build(tmp_path: Path, family: str):
+    """A Steering of a random dictionary at the given positions."""
+
+    def make(
+        positions: list[str] | None = None, *, strength: float = 1.0, form: str = "residual", **options: Any
+    ):
+        names = positions or [BLOCK[family]]
+        written = {k: options.pop(k) for k in ("threshold", "domains", "harmful") if k in options}
+        window = options.pop("window", (1.0, 0.0))
+        plan = [Action(p, "repel", form, strength, window) for p in names]
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
+        write_dictionary(path, plan, architecture=ARCHITECTURE[family], **written)
+        return Steering(pack_module("safedig_core.dictionary.dictionary").Dictionary.open(path), **options)
+
+    return make
+
+
+def sample(world: Any, model: Any, **options: Any) -> torch.Tensor:
+    return world.sample(model, [world.prompt(PROMPT)], [world.prompt(NEGATIVE)], **options)
+
+
+@contextmanager
+def hooked(model: Any, family: str, steering: Any, images: int):
+    """The same steering through torch's own forward hooks: what ComfyUI's patches must come to."""
+    transformer = model.model.diffusion_model
+    rows = slice(images, 2 * images)  # the negative prompt's come first
+    sigmas = torch.linspace(1, 0, 5).tolist()
+    count = iter(range(100))
+
+    def step(module: Any, args: Any, kwargs: Any = None) -> None:
+        index = next(count)
+        steering.step(index, sigmas[index], rows)
+
+    def steer(name: str, a: torch.Tensor) -> torch.Tensor:
+        return steering(name, a) if name in steering.positions else a
+
+    def double(i: int):
+        kind = "double" if family == "flux" else "joint"
+
+        def hook(module: Any, args: Any, out: Any) -> Any:
+            image, text = out if family == "flux" else out[::-1]
+            if text is not None:
+                text = steer(f"{kind}.{i}.txt", text)
+            image = steer(f"{kind}.{i}.img", image)
+            return (image, text) if family == "flux" else (text, image)
+
+        return hook
+
+    def single(i: int):
+        def hook(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+            text = 6
+            return torch.cat(
+                [steer(f"single.{i}.txt", out[:, :text]), steer(f"single.{i}.img", out[:, text:])], 1
+            )
+
+        return hook
+
+    entry = transformer.txt_in if family == "flux" else transformer.context_embedder
+    handles = [
+        transformer.register_forward_pre_hook(step, with_kwargs=True),
+        entry.register_forward_pre_hook(lambda m, args: (steer("text", args[0]), *args[1:])),
+    ]
+    blocks = transformer.double_blocks if family == "flux" else transformer.joint_blocks
+    handles += [block.register_forward_hook(double(i)) for i, block in enumerate(blocks)]
+    if family == "flux":
+        handles += [b.register_forward_hook(single(i)) for i, b in enumerate(transformer.single_blocks)]
+    steering.begin(images, 4)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_steers_as_hooks_on_the_modules_would(world: Any, family: str, build: Any) -> None:
+    model = world.model(family)
+    plain = sample(world, model, images=2)
+    for position in EVERYWHERE[family]:
+        steering = build([position])
+        steered, attachment = patching.attach(model, steering)
+        out = sample(world, steered, images=2)
+        by_hooks = build([position])
+        with hooked(model, family, by_hooks, images=2):
+            expected = sample(world, model, images=2)
+        last = position == "single.1.txt"  # what leaves the last block as text goes nowhere
+        assert torch.equal(out, plain) == last, position
+        assert sum(map(sum, attachment.runs[-1].result["tokens_fired"][0])) > 0
+        torch.testing.assert_close(out, expected, msg=position)
+        assert attachment.runs[-1].result["calls"] == [[1, 1, 1, 1]]
+
+
+def test_the_original_model_is_not_touched(world: Any, family: str, build: Any) -> None:
+    model = world.model(family)
+    before = copy.deepcopy(model.model_options)
+    plain = sample(world, model)
+    steered, _ = patching.attach(model, build(EVERYWHERE[family]))
+    assert not torch.equal(sample(world, steered), plain)
+    assert torch.equal(sample(world, model), plain)
+    assert model.model_options == before
+    assert not model.wrappers and not model.additional_models
+    assert model.model is steered.model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"strength": 0.0},
+        {"threshold": 1e9},
+        {"window": (1e-6, 0.0)},
+        {"modes": {"weapons": "observe"}},
+    ],
+    ids=["strength 0", "gate closed", "outside the window", "observe"],
+)
+@pytest.mark.parametrize("form", ["residual", "paper"])
+def test_no_ops_keep_every_bit(world: Any, family: str, build: Any, change: dict, form: str) -> None:
+    model = world.model(family)
+    steered, attachment = patching.attach(model, build(EVERYWHERE[family], form=form, **change))
+    for images, together in ((2, True), (2, False)):
+        out = sample(world, steered, images=images, together=together)
+        assert torch.equal(out, sample(world, model, images=images, together=together))
+    assert not attachment.runs[-1].problems
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(world: Any, family: str, build: Any, dtype: torch.dtype) -> None:
+    model = world.model(family, dtype)
+    plain = sample(world, model)
+    steered, _ = patching.attach(model, build())
+    out = sample(world, steered)
+    assert out.isfinite().all() and not torch.equal(out, plain)
+    idle, _ = patching.attach(model, build(EVERYWHERE[family], threshold=1e9))
+    assert torch.equal(sample(world, idle), plain)
+
+
+def constant(amount: float, seen: list):
+    """Another node's replacement of a block, which calls the block."""
+
+    def patch(args: dict, extra: dict) -> dict:
+        seen.append(args["img"].shape)
+        out = extra["original_block"](args)
+        return {**out, "img": out["img"] + amount}
+
+    return patch
+
+
+def test_another_replacement_of_the_block_is_called_whichever_came_first(
+    world: Any, family: str, build: Any
+) -> None:
+    model, seen, results = world.model(family), [], []
+    first = model.clone()
+    first.set_model_patch_replace(constant(0.5, seen), "dit", "double_block", 1)
+    results.append(sample(world, patching.attach(first, build())[0]))
+    second, _ = patching.attach(model, build())
+    second.set_model_patch_replace(constant(0.5, seen), "dit", "double_block", 1)
+    results.append(sample(world, second))
+    assert len(seen) == 8
+    assert torch.equal(*results)
+    alone = patching.attach(model, build())[0]
+    assert not torch.equal(results[0], sample(world, first))
+    assert not torch.equal(results[0], sample(world, alone))
+
+
+def test_two_apply_nodes_both_act(world: Any, family: str, build: Any) -> None:
+    model = world.model(family)
+    both = sample(world, patching.attach(model, build(["text", BLOCK[family]]))[0])
+    one, _ = patching.attach(model, build(["text"]))
+    two, second = patching.attach(one, build([BLOCK[family]]))
+    # write_dictionary seeds an SAE by its place in the plan: steer at BLOCK as the second one there
+    assert not torch.equal(sample(world, two), sample(world, one))
+    assert not torch.equal(both, sample(world, model))
+    assert second.runs[-1].result["calls"] == [[1, 1, 1, 1]]
+    assert len(two.get_additional_models_with_key("safedig")) == 2
+
+    twice = patching.attach(patching.attach(model, build(strength=0.5))[0], build(strength=0.5))[0]
+    assert not torch.equal(
+        sample(world, twice), sample(world, patching.attach(model, build(strength=0.5))[0])
+    )
+
+
+def test_each_image_of_a_batch_has_its_own_gate(world: Any, family: str, build: Any) -> None:
+    model = world.model(family)
+    _, watch = (attached := patching.attach(model, build(threshold=1e9)))
+    plain = sample(world, attached[0], images=3)
+    evidence = [v["weapons"]["evidence"] for v in watch.runs[-1].result["images"]]
+    low, high = sorted(evidence)[0], sorted(evidence)[-1]
+    assert low < high
+    steered, attachment = patching.attach(model, build(threshold=(sorted(evidence)[-2] + high) / 2))
+    out = sample(world, steered, images=3)
+    opened = [v["weapons"]["opened_at_step"] is not None for v in attachment.runs[-1].result["images"]]
+    assert opened == [e == high for e in evidence]
+    same = [torch.equal(a, b) for a, b in zip(out, plain, strict=True)]
+    assert same == [not o for o in opened]
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one pass", "a pass each"])
+def test_branches(world: Any, family: str, build: Any, together: bool) -> None:
+    """Whichever branch is steered, the other one's activations stay as they are."""
+    model = world.model(family)
+    changed: dict[str, list[bool]] = {}
+    recorded: dict[str, list[torch.Tensor]] = {}
+    block = 1
+    for branch in ("none", "positive", "negative", "both"):
+        steering = build(["double.0.img" if family == "flux" else "joint.0.img"], threshold=0.0)
+        steered = model if branch == "none" else patching.attach(model, steering, branch=branch)[0]
+        steered, inputs = steered.clone(), []
+
+        def record(args: dict, extra: dict, inputs: list = inputs) -> dict:
+            inputs.append(args["img"].clone())
+            return extra["original_block"](args)
+
+        steered.set_model_patch_replace(record, "dit", "double_block", block)
+        sample(world, steered, steps=1, together=together)
+        recorded[branch] = list(torch.cat(inputs))
+        changed[branch] = [
+            not torch.equal(a, b) for a, b in zip(recorded[branch], recorded["none"], strict=True)
+        ]
+    positive = changed["positive"]
+    assert sorted(positive) == [False, True]
+    assert changed["negative"] == [not c for c in positive]
+    assert changed["both"] == [True, True]
+
+
+def test_without_guidance_the_prompt_is_steered(world: Any, family: str, build: Any) -> None:
+    model = world.model(family)
+    steered, attachment = patching.attach(model, build())
+    assert not torch.equal(sample(world, steered, cfg=1.0), sample(world, model, cfg=1.0))
+    assert attachment.runs[-1].result["calls"] == [[1, 1, 1, 1]]
+    steered, _ = patching.attach(model, build(), branch="negative")
+    with pytest.raises(NotSteered, match=r"step 1 went by without a forward pass of the negative prompt"):
+        sample(world, steered, cfg=1.0)
+
+
+def test_two_positive_prompts_are_both_steered(world: Any, family: str, build: Any) -> None:
+    model = world.model(family)
+    steered, attachment = patching.attach(model, build())
+    prompts = [world.prompt(PROMPT), world.prompt(OTHER)]
+    for together in (True, False):
+        out = world.sample(steered, prompts, images=2, together=together)
+        assert not torch.equal(out, world.sample(model, prompts, images=2, together=together))
+        assert attachment.runs[-1].result["calls"] == [[2, 2, 2, 2]]
+
+
+def test_reference_pictures_are_not_steered(world: Any, build: Any, family: str) -> None:
+    if family == "sd3":
+        pytest.skip("SD3.5 has no reference latents")
+    model = world.model(family)
+    for count in (1, 2):
+        extra = world.references(count)
+        prompt, negative = [world.prompt(PROMPT, **extra)], [world.prompt(NEGATIVE, **extra)]
+        inputs: list[torch.Tensor] = []
+
+        def record(args: dict, add: dict, inputs: list = inputs) -> dict:
+            inputs.append(args["img"].clone())
+            return add["original_block"](args)
+
+        for steer in (False, True):
+            steered = patching.attach(model, build(["double.0.img"]))[0] if steer else model.clone()
+            steered.set_model_patch_replace(record, "dit", "double_block", 1)
+            world.sample(steered, prompt, negative, steps=1)
+        plain, moved = inputs
+        assert moved.shape[1] == 16 * (1 + count)
+        assert torch.equal(plain[:, 16:], moved[:, 16:])
+        assert not torch.equal(plain[1, :16], moved[1, :16])
+        single, attachment = patching.attach(model, build(["single.0.img", "single.1.txt"]))
+        world.sample(single, prompt, negative)
+        assert attachment.runs[-1].result["calls"] == [[1, 1, 1, 1]] * 2
+
+
+def test_controlnet_residuals_come_after_the_steering(world: Any, family: str, build: Any) -> None:
+    model = world.model(family)
+    control = world.control(model, tokens=16)
+    prompt, negative = [world.prompt(PROMPT, **control)], [world.prompt(NEGATIVE, **control)]
+    plain = world.sample(model, prompt, negative)
+    assert not torch.equal(plain, sample(world, model))
+    idle, _ = patching.attach(model, build(EVERYWHERE[family], threshold=1e9))
+    assert torch.equal(world.sample(idle, prompt, negative), plain)
+    steered, attachment = patching.attach(model, build())
+    assert not torch.equal(world.sample(steered, prompt, negative), plain)
+    assert not attachment.runs[-1].problems
+
+
+def test_queued_again_it_does_the_same(world: Any, family: str, build: Any) -> None:
+    prompts = iter(["a", "a", "b"])
+    model = world.model(family)
+    steered, attachment = patching.attach(model, build(), run_of=lambda: (next(prompts), "7"))
+    first = sample(world, steered)
+    assert torch.equal(sample(world, steered), first)
+    assert [(run.prompt, run.node) for run in attachment.runs] == [("a", "7")] * 2
+    assert torch.equal(sample(world, steered), first)
+    assert [run.prompt for run in attachment.runs] == ["b"]
+
+
+def test_one_model_serves_samplers_of_other_sizes(world: Any, family: str, build: Any) -> None:
+    steered, attachment = patching.attach(world.model(family), build(EVERYWHERE[family]))
+    for images, size, steps in ((1, 8, 4), (3, 12, 2), (2, 10, 1)):
+        assert sample(world, steered.clone(), images=images, size=size, steps=steps).shape[0] == images
+        result = attachment.runs[-1].result
+        assert len(result["sigmas"]) == steps
+        assert len(result["map"]) == images and len(result["map"][0]) == (size // 2) ** 2
+
+
+def test_samplers_with_several_evaluations_a_step(world: Any, family: str, build: Any) -> None:
+    steered, attachment = patching.attach(world.model(family), build())
+    sample(world, steered, sampler="heun")
+    run = attachment.runs[-1]
+    assert (run.steps, run.evaluations) == (4, 7)
+    assert run.result["calls"] == [[1] * 7]
+    assert run.result["sigmas"] == pytest.approx([1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25])
+
+
+def test_the_window_is_in_noise_levels(world: Any, family: str, build: Any) -> None:
+    steered, attachment = patching.attach(world.model(family), build(window=(0.75, 0.5), harmful=24))
+    sample(world, steered)
+    fired = attachment.runs[-1].result["tokens_fired"][0]
+    assert [sum(step) > 0 for step in fired] == [False, True, True, False]
+    evidence = [step[0][0] for step in attachment.runs[-1].result["evidence"]]
+    assert evidence[0] == 0 and evidence[1] > 0 and evidence[3] == evidence[2]
+
+
+def test_stop_ends_the_run_at_the_first_step(world: Any, family: str, build: Any) -> None:
+    steered, attachment = patching.attach(world.model(family), build(modes={"weapons": "stop"}))
+    with pytest.raises(RiskFound, match=r"weapons found in image 0 .* at step 1 "):
+        sample(world, steered)
+    assert attachment.runs[-1].evaluations == 0
+    quiet, _ = patching.attach(world.model(family), build(modes={"weapons": "stop"}, threshold=1e9))
+    assert sample(world, quiet).isfinite().all()
+
+
+def skip_the_model(executor: Any, model: Any, conds: list, x: torch.Tensor, sigma: Any, options: dict):
+    """What a step cache does: from the second step on, it answers in the model's place."""
+    if sigma[0] > 0.8:
+        return executor(model, conds, x, sigma, options)
+    return [0.5 * x for _ in conds]
+
+
+def skip_the_step(executor: Any, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any):
+    return executor(x, sigma, *args, **kwargs) if sigma[0] > 0.8 else 0.5 * x
+
+
+SKIPS = {"calc_cond_batch": skip_the_model, "predict_noise": skip_the_step}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("kind", SKIPS)
+def test_a_skipped_step_is_refused_or_reported(
+    world: Any, family: str, build: Any, kind: str, before: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def cached(policy: str) -> tuple[Any, Any]:
+        model = world.model(family)
+        if before:
+            model.add_wrapper_with_key(kind, "some_cache", SKIPS[kind])
+        model, attachment = patching.attach(model, build(), policy=policy, name="Apply (node 3)")
+        if not before:
+            model.add_wrapper_with_key(kind, "some_cache", SKIPS[kind])
+        return model, attachment
+
+    with pytest.raises(NotSteered, match=r"^Apply \(node 3\): .* step 2 .* skipped.*some_cache"):
+        sample(world, cached("block")[0])
+    for policy, warnings in (("warn", 1), ("off", 0)):
+        caplog.clear()
+        model, attachment = cached(policy)
+        with caplog.at_level(logging.WARNING, "safedig"):
+            assert sample(world, model).isfinite().all()
+        assert len(caplog.records) == warnings
+        assert len(attachment.runs[-1].problems) == 3
+
+
+def test_an_overwritten_block_is_refused_or_reported(world: Any, build: Any, family: str) -> None:
+    if family == "sd3":
+        pytest.skip("SD3.5 lets no wrapper in between the hooks and its blocks")
+
+    def overwrite(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """A later node that sets a block's replacement while the model runs."""
+        options = kwargs.get("transformer_options") or next(a for a in args if isinstance(a, dict))
+        blocks = options["patches_replace"]["dit"] = dict(options["patches_replace"]["dit"])
+        blocks["double_block", 1] = constant(0.0, [])
+        return executor(*args, **kwargs)
+
+    for policy in ("block", "warn"):
+        model, attachment = patching.attach(world.model(family), build(), policy=policy)
+        model.add_wrapper_with_key("diffusion_model", "a_later_node", overwrite)
+        if policy == "block":
+            with pytest.raises(NotSteered, match=r"step 1: double.1.img not reached.*a_later_node"):
+                sample(world, model)
+        else:
+            assert sample(world, model).isfinite().all()
+            assert len(attachment.runs[-1].problems) == 4
+
+
+@pytest.mark.parametrize("kind", ["sampler_sample", "predict_noise", "apply_model"])
+def test_removed_wrappers_are_refused_or_reported(world: Any, family: str, build: Any, kind: str) -> None:
+    plain = sample(world, world.model(family))
+    for policy in ("block", "warn"):
+        model, attachment = patching.attach(world.model(family), build(), policy=policy)
+        model.remove_wrappers_with_key(kind, "safedig")
+        if policy == "block":
+            with pytest.raises(NotSteered, match=f"another node removed its {kind} wrapper"):
+                sample(world, model)
+        else:
+            assert torch.equal(sample(world, model), plain)
+            assert attachment.runs[-1].problems
+
+
+def test_without_its_guard_the_model_refuses_to_run(world: Any, family: str, build: Any) -> None:
+    model, _ = patching.attach(world.model(family), build())
+    model.remove_wrappers_with_key("outer_sample", "safedig")
+    with pytest.raises(NotSteered, match="outside a run"):
+        sample(world, model)
+
+
+def test_another_model_under_the_same_wrappers_is_refused(world: Any, family: str, build: Any) -> None:
+    other = {"flux": "sd3", "sd3": "flux"}[family]
+    for policy in ("block", "off"):
+        model, _ = patching.attach(world.model(family), build(), policy=policy)
+        model.model = world.model(other).model
+        with pytest.raises(NotSteered, match=f"made for a {family} model .* put a {other} model"):
+            sample(world, model)
+
+
+def test_a_run_without_steps_is_no_fault(world: Any, family: str, build: Any) -> None:
+    model, attachment = patching.attach(world.model(family), build())
+    assert torch.equal(sample(world, model, steps=0), sample(world, world.model(family), steps=0))
+    assert attachment.runs[-1].evaluations == 0 and not attachment.runs[-1].problems
+
+
+def test_the_dictionary_is_a_managed_model(world: Any, family: str, build: Any) -> None:
+    steering = build(EVERYWHERE[family], form="paper")
+    model, _ = patching.attach(world.model(family), steering)
+    (managed,) = model.get_additional_models_with_key("safedig")
+    sample(world, model)
+    held = {p.data_ptr() for p in managed.model.parameters()}
+    used = [t for site in steering.sites.values() for t in (*vars(site).values(), *site.delta.values())]
+    used = [t for t in used if isinstance(t, torch.Tensor)]
+    assert {t.data_ptr() for t in used} == held  # a run leaves no copies behind, and nothing uncounted
+    assert sum(p.numel() for p in managed.model.parameters()) == sum(t.numel() for t in used)
+
+
+class HiDreamImageTransformer2DModel(torch.nn.Module):
+    pass
+
+
+class ComfyFluxWrapper(torch.nn.Module):
+    pass
+
+
+class UNetModel(torch.nn.Module):
+    pass
+
+
+@pytest.mark.parametrize("kind", [HiDreamImageTransformer2DModel, ComfyFluxWrapper, UNetModel])
+def test_models_without_block_hooks_are_refused_by_name(kind: type) -> None:
+    model = SimpleNamespace(get_model_object=lambda name: kind())
+    with pytest.raises(ValueError, match=rf"This model \({kind.__name__}\) can't be steered: .+\."):
+        patching.architecture_of(model)
+
+
+def test_a_dictionary_for_another_model_is_refused(world: Any, family: str, build: Any) -> None:
+    other = {"flux": "sd3", "sd3": "flux"}[family]
+    with pytest.raises(ValueError, match=r"safetensors: made for a .* doesn't fit this .*"):
+        patching.attach(world.model(other), build())

@@ -1,0 +1,234 @@
+"""A ComfyUI model as a host for the core: what a tap is given, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from safedig_core.dictionary.dictionary import Action
+from tests.nodes.conftest import pack_module
+from tests.tiny import write_dictionary
+
+host_module = pack_module("nodes.bridge.host")
+capture_module = pack_module("safedig_core.store.capture")
+NotSteered = pack_module("nodes.bridge.attachment").NotSteered
+SETTINGS = host_module.SamplerSettings(4, 2.0, "euler", "simple", 64, 64, "a blur")
+PROMPTS = ["a cat and a pistol", "a cat and a book", "a dog"]
+BLOCK = {"flux": "double.1.img", "sd3": "joint.1.img"}
+
+
+class Clip:
+    """Encodes a prompt as 6 tokens, or more, of width 16 that its words decide."""
+
+    def __init__(self) -> None:
+        self.encoded: list[str] = []
+
+    def tokenize(self, text: str) -> str:
+        return text
+
+    def encode_from_tokens_scheduled(self, text: str) -> list:
+        self.encoded.append(text)
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little")
+        g = torch.Generator().manual_seed(seed)
+        length = max(6, len(text.split()))
+        return [[torch.randn(1, length, 16, generator=g), {"pooled_output": torch.randn(1, 8, generator=g)}]]
+
+
+def make(world: Any, family: str, clip: Any = None, **changes: Any) -> Any:
+    return host_module.ComfyHost(world.model(family), clip or Clip(), replace(SETTINGS, **changes), batch=2)
+
+
+def recorder(positions: list[str], images: int, steps: tuple[int, ...] = (0, 1, 2, 3)) -> Any:
+    """A tap that keeps all tokens."""
+    return capture_module.Recorder(
+        {p: (lambda total: torch.arange(total).expand(images, -1)) for p in positions}, steps
+    )
+
+
+def test_the_tap_is_given_the_positive_rows_in_order(world: Any, family: str) -> None:
+    host = make(world, family)
+    tap = recorder(["text", BLOCK[family]], 3)
+    host.sample(PROMPTS, [1, 2, 3], tap)
+    sequences = torch.cat([Clip().encode_from_tokens_scheduled(p)[0][0] for p in PROMPTS]).bfloat16()
+    assert tap.activations["text"].shape == (3, 4, 6, 16)
+    for step in range(4):
+        assert torch.equal(tap.activations["text"][:, step], sequences)
+    assert tap.activations[BLOCK[family]].shape == (3, 4, 16, host.architecture.width)
+    assert host.tokens()[BLOCK[family]] == 16 and host.tokens()["text"] == 6
+
+
+def test_an_image_depends_on_its_prompt_and_seed_alone(world: Any, family: str) -> None:
+    host = make(world, family)
+    together = host.sample(PROMPTS, [5, 6, 5])
+    for i, (prompt, seed) in enumerate(zip(PROMPTS, [5, 6, 5], strict=True)):
+        torch.testing.assert_close(host.sample([prompt], [seed])[0], together[i], atol=1e-4, rtol=1e-4)
+    assert not torch.equal(together[0], host.sample(PROMPTS[:1], [6])[0])
+
+
+def test_a_tap_that_changes_nothing_keeps_every_bit(world: Any, family: str) -> None:
+    host = make(world, family)
+    plain = host.sample(PROMPTS, [1, 2, 3])
+    assert torch.equal(
+        host.sample(PROMPTS, [1, 2, 3], recorder(list(host.architecture.positions()), 3)), plain
+    )
+
+
+class Scale:
+    """Multiplies the activations of one position."""
+
+    def __init__(self, position: str, factor: float):
+        self.positions, self.factor, self.seen = (position,), factor, []
+
+    def begin(self, images: int, steps: int) -> None:
+        pass
+
+    def step(self, index: int, sigma: float, rows: slice) -> None:
+        self.seen.append((index, sigma))
+        self._rows = rows
+
+    def __call__(self, position: str, a: Tensor) -> Tensor:
+        out = a.clone()
+        out[self._rows] *= self.factor
+        return out
+
+
+def test_a_tap_may_change_what_it_is_given(world: Any, family: str) -> None:
+    host = make(world, family)
+    plain, tap = host.sample(PROMPTS, [1, 2, 3]), Scale(BLOCK[family], 1.5)
+    assert not torch.equal(host.sample(PROMPTS, [1, 2, 3], tap), plain)
+    assert [index for index, _ in tap.seen] == [0, 1, 2, 3]
+    levels = [sigma for _, sigma in tap.seen]
+    assert levels[0] == 1.0 and levels == sorted(levels, reverse=True) and type(levels[0]) is float
+    assert torch.equal(host.sample(PROMPTS, [1, 2, 3], Scale(BLOCK[family], 1.0)), plain)
+
+
+def test_the_loss_is_that_of_the_velocity(world: Any, family: str) -> None:
+    """In parts or whole; a tap counts; a model that is right has none."""
+    host = make(world, family)
+    latents, seeds = host.sample(PROMPTS, [1, 2, 3]), [7, 8, 9]
+    whole = host.denoising_loss(PROMPTS, latents, seeds, 0.6)
+    assert whole > 0
+    parts = [host.denoising_loss([p], latents[i : i + 1], [seeds[i]], 0.6) for i, p in enumerate(PROMPTS)]
+    assert whole == pytest.approx(sum(parts) / 3, rel=1e-4)
+    assert host.denoising_loss(PROMPTS, latents, seeds, 0.6, Scale(BLOCK[family], 1.0)) == whole
+    assert host.denoising_loss(PROMPTS, latents, seeds, 0.6, Scale(BLOCK[family], 3.0)) != whole
+    drawn = host._noise(seeds)
+    for parameter in host._model.model.diffusion_model.final_layer.parameters():
+        parameter.zero_()  # its velocity is 0: the loss is that of noise - latent
+    expected = (drawn - latents).square().mean().item()
+    assert host.denoising_loss(PROMPTS, latents, seeds, 0.6) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_prompt_is_encoded_once(world: Any, family: str) -> None:
+    clip = Clip()
+    host = make(world, family, clip)
+    host.prepare(PROMPTS)
+    assert clip.encoded == [*PROMPTS, "a blur"] and host.unknown([*PROMPTS, "a cow"]) == ["a cow"]
+    host.sample(PROMPTS, [1, 2, 3])
+    assert len(clip.encoded) == 4
+    without = Clip()
+    make(world, family, without, cfg=1.0).sample(PROMPTS, [1, 2, 3])
+    assert without.encoded == PROMPTS
+
+
+def test_given_conditionings_take_the_place_of_the_clip(world: Any, family: str) -> None:
+    expected = make(world, family).sample(PROMPTS, [1, 2, 3])
+    given = [Clip().encode_from_tokens_scheduled(p) for p in PROMPTS]
+    host = host_module.ComfyHost(world.model(family), None, SETTINGS, batch=2)
+    with pytest.raises(ValueError, match=r"3 prompts and 2 conditionings"):
+        host.prepare(PROMPTS, given[:2])
+    with pytest.raises(ValueError, match=r"how to encode 'a blur'"):
+        host.prepare(PROMPTS, given)
+    host.prepare(PROMPTS, given, Clip().encode_from_tokens_scheduled("a blur"))
+    assert torch.equal(host.sample(PROMPTS, [1, 2, 3]), expected)
+    assert host.identity()["text_encoder"] == "given"
+    with pytest.raises(ValueError, match=r"how to encode 'a cow'"):
+        host.sample(["a cow"], [1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c * 2, r"of 'a cat' is made of 2"),
+        (lambda c: [[c[0][0], {**c[0][1], "mask": torch.ones(1)}]], r"of 'a cat' has a mask"),
+        (lambda c: [[c[0][0], {}]], r"of 'a cat' lacks a pooled output"),
+    ],
+)
+def test_conditionings_that_say_more_are_refused(world: Any, family: str, change: Any, message: str) -> None:
+    host = make(world, family)
+    with pytest.raises(ValueError, match=message):
+        host.prepare(["a cat"], [change(Clip().encode_from_tokens_scheduled("a cat"))])
+
+
+def test_prompts_of_other_lengths_are_refused(world: Any, family: str) -> None:
+    long = "a very long prompt with more than six words"
+    with pytest.raises(ValueError, match=r"'a very long prompt.*' has 9 text tokens where others have 6"):
+        make(world, family).prepare([*PROMPTS, long])
+
+
+def test_prompts_of_other_guidance_are_kept_apart(world: Any, family: str) -> None:
+    given = [Clip().encode_from_tokens_scheduled(p) for p in PROMPTS]
+    for conditioning, guidance in zip(given, (3.5, 3.5, 4.0), strict=True):
+        conditioning[0][1]["guidance"] = guidance
+    host = make(world, family)
+    host.prepare(PROMPTS, given)
+    assert host.identity()["guidance"] == "3.5"
+    host.sample(PROMPTS[:2], [1, 2])
+    with pytest.raises(ValueError, match=r"'a dog' was encoded with other settings"):
+        host.sample(PROMPTS, [1, 2, 3])
+
+
+def test_a_sampler_that_asks_more_than_once_a_step_is_refused(world: Any, family: str) -> None:
+    host = make(world, family, sampler="heun")
+    with pytest.raises(ValueError, match=r"called the model 7 times in 4 steps"):
+        host.sample(PROMPTS, [1, 2, 3], recorder(["text"], 3))
+
+
+def test_a_position_that_is_not_reached_is_an_error(world: Any, family: str) -> None:
+    model = world.model(family)
+
+    def skip(executor: Any, *args: Any) -> Any:
+        return [torch.zeros_like(args[2]) for _ in args[1]]
+
+    model.add_wrapper_with_key("calc_cond_batch", "some_cache", skip)
+    host = host_module.ComfyHost(model, Clip(), SETTINGS, batch=2)
+    with pytest.raises(NotSteered, match=r"^SafeDIG: this run is not read as planned: step 1 .*some_cache"):
+        host.sample(PROMPTS, [1, 2, 3], recorder(["text"], 3))
+
+
+def test_a_model_that_is_steered_is_refused(world: Any, family: str, tmp_path: Path) -> None:
+    host = make(world, family)
+    plan = [Action(BLOCK[family], "repel", "residual", 1.0)]
+    write_dictionary(tmp_path / "d.safetensors", plan, architecture=host.architecture)
+    dictionary = pack_module("safedig_core.dictionary.dictionary").Dictionary.open(tmp_path / "d.safetensors")
+    steering = pack_module("safedig_core.steering.steering").Steering(dictionary)
+    steered, _ = pack_module("nodes.bridge.attachment").attach(world.model(family), steering)
+    host = host_module.ComfyHost(steered, Clip(), SETTINGS, batch=2)
+    with pytest.raises(ValueError, match="This model is steered: connect it as it is before"):
+        host.sample(PROMPTS, [1, 2, 3], recorder(["text"], 3))
+
+
+def test_the_name_tells_models_apart(world: Any, family: str) -> None:
+    model = world.model(family)
+    name = make(world, family).name
+    assert host_module.ComfyHost(model.clone(), Clip(), SETTINGS, batch=2).name == name
+    key = next(k for k, v in model.model.named_parameters() if v.dim() == 2 and "blocks" in k)
+    patched, changed = model.clone(), {name}
+    for amount in (0.5, 0.6):
+        weight = dict(model.model.named_parameters())[key]
+        patched.add_patches({key: ("diff", (amount * torch.ones_like(weight),))}, 1.0)
+        host = host_module.ComfyHost(patched, Clip(), SETTINGS, batch=2)
+        changed.add(host.name)
+        host.sample(PROMPTS, [1, 2, 3])  # patches are in the weights from here on
+        assert host_module.fingerprint(patched) == host.name.split()[-1]
+    assert len(changed) == 3
+    with torch.no_grad():
+        other = world.model(family)
+        dict(other.model.named_parameters())[key][:] += 1
+    assert host_module.ComfyHost(other, Clip(), SETTINGS, batch=2).name not in changed

@@ -1,0 +1,129 @@
+"""Capture on a tiny FLUX: what the model did is what is stored, and a kill changes no byte."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from safedig_core.prompts import PromptPair
+from safedig_core.store.capture import capture
+from safedig_core.store.settings import StoreSettings
+from safedig_core.store.store import ActivationStore, ActivationWriter
+from tests.tiny import TINY, TinyHost, run_and_die
+
+PAIRS = (
+    PromptPair("weapons", "a cat and a book", "a cat and a pistol"),
+    PromptPair("safe", "a cat"),
+    PromptPair("weapons", "a dog and a book", "a dog and a pistol"),
+    PromptPair("weapons", "a cow and a book", "a cow and a pistol"),
+)
+POSITIONS = ("text", "double.1.img", "single.0.txt")
+SETTINGS = StoreSettings(
+    TINY, POSITIONS, "tiny", PAIRS, (0, 2), seed=3, tokens_per_image=4, pairs_per_shard=2
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The bits of a matrix product may depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def host(tiny_flux: nn.Module) -> TinyHost:
+    return TinyHost(tiny_flux)
+
+
+def run(host: TinyHost, folder: Path, settings: StoreSettings = SETTINGS) -> list[tuple[int, int]]:
+    seen: list[tuple[int, int]] = []
+    capture(host, ActivationWriter.open(folder, settings), lambda *done: seen.append(done))
+    return seen
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class Everything:
+    """A tap that keeps every activation: [position][step] -> [B, T, d]."""
+
+    positions = POSITIONS
+
+    def begin(self, images: int, steps: int) -> None:
+        self.seen: dict[str, list[Tensor]] = {position: [] for position in POSITIONS}
+
+    def step(self, index: int, sigma: float, rows: slice) -> None:
+        pass
+
+    def __call__(self, position: str, a: Tensor) -> Tensor:
+        self.seen[position].append(a.clone())
+        return a
+
+
+def test_the_store_holds_what_the_model_did(host: TinyHost, tmp_path: Path) -> None:
+    assert run(host, tmp_path) == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    store = ActivationStore(tmp_path)
+    store.verify()
+    writer = ActivationWriter(tmp_path, SETTINGS)
+    for pairs, prompts in (
+        ([0, 2], ["a cat and a pistol", "a cat and a book", "a dog and a pistol", "a dog and a book"]),
+        ([1], ["a cat"]),
+    ):
+        tap, sides = Everything(), len(prompts) // len(pairs)
+        latents = host.sample(prompts, [SETTINGS.seed + p for p in pairs for _ in range(sides)], tap)
+        assert torch.equal(store.latents(pairs).flatten(0, 1), latents)
+        for position in POSITIONS:
+            stored = store.images(position, pairs)
+            for row, pair in enumerate(pairs):
+                tokens = writer.sample_tokens(pair, position, tap.seen[position][0].shape[1])
+                for side in range(sides):
+                    for at, step in enumerate(SETTINGS.steps):
+                        whole = tap.seen[position][step][row * sides + side]
+                        assert torch.equal(stored[row, side, at], whole[tokens].bfloat16())
+
+
+def test_both_sides_start_from_the_same_noise(host: TinyHost, tmp_path: Path) -> None:
+    """At the first step the two sides of a pair differ in their text alone."""
+    same = (PromptPair("weapons", "a cat", "a cat "), PromptPair("weapons", "a dog", "a dog "))
+    host.words = lambda prompt: TinyHost.words(host, prompt.strip())
+    run(host, tmp_path, replace(SETTINGS, prompts=same))
+    unsafe, safe = ActivationStore(tmp_path).pairs("double.1.img", "weapons")
+    assert torch.equal(unsafe, safe)
+    assert not torch.equal(*ActivationStore(tmp_path).latents([0, 1])[:, 0])  # noise differs by pair
+
+
+def test_what_is_there_is_not_captured_again(
+    host: TinyHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(host, tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    monkeypatch.setattr(host, "sample", lambda *_: pytest.fail("nothing is missing"))
+    assert run(host, tmp_path) == [(3, 3)]
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_time_it_ends_in_the_same_bytes(host: TinyHost, tmp_path: Path) -> None:
+    run(host, tmp_path / "warm")
+    began = time.monotonic()
+    run(host, tmp_path / "whole")
+    took = time.monotonic() - began
+    rng, killed = random.Random(0), 0
+    for attempt in range(6):
+        folder = tmp_path / str(attempt)
+        for longest in (took, took / 2):
+            killed += run_and_die(lambda folder=folder: run(host, folder), rng.uniform(0, longest))
+        run(host, folder)
+        assert content(folder) == content(tmp_path / "whole")
+    assert killed
