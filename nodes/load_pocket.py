@@ -58,7 +58,9 @@ def _require(path: Path) -> None:
 def flux_model(state: dict[str, Any]) -> Any:
     """A ModelPatcher of a FLUX of any width. ComfyUI's own loader takes every FLUX for one of 24 heads
     before 0.12; `state` has the key names of the original release."""
-    from comfy import model_detection, model_management, model_patcher, supported_models
+    from comfy import model_detection, model_management, supported_models
+
+    from .bridge.models import managed
 
     detected = model_detection.detect_unet_config(state, "")
     assert detected is not None
@@ -72,8 +74,7 @@ def flux_model(state: dict[str, Any]) -> Any:
     config.set_inference_dtype(dtype, model_management.unet_manual_cast(dtype, device, dtypes))
     model = config.get_model(state, "")
     model.load_model_weights(state, "")
-    offload = model_management.unet_offload_device()
-    return model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+    return managed(model)
 
 
 def sd3_model(state: dict[str, Any]) -> Any:

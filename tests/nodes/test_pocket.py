@@ -82,7 +82,7 @@ def test_steers_as_the_core_steers(pocket: Any, tmp_path: Path) -> None:
         [Action(p, "repel", "residual", 0.3) for p in POSITIONS[host.name]],
         architecture=host.architecture,
     )
-    patching, steering = pack_module("nodes.bridge.attachment"), pack_module("safedig_core.steering.steering")
+    patching, steering = pack_module("nodes.bridge.steered"), pack_module("safedig_core.steering.steering")
     Dictionary = pack_module("safedig_core.dictionary.dictionary").Dictionary
     with torch.inference_mode():
         tap = steering.Steering(Dictionary.open(path))
@@ -92,7 +92,7 @@ def test_steers_as_the_core_steers(pocket: Any, tmp_path: Path) -> None:
         picture = vae.decode(sample(steered, clip, PROMPTS[0], noise_of(SEEDS), host)).movedim(-1, 1)
     assert (expected - plain).abs().max() > 0.1
     torch.testing.assert_close(picture, expected, atol=2e-3, rtol=0)
-    ours, theirs = attachment.runs[-1].result, tap.receipt()
+    ours, theirs = attachment.last.result, tap.receipt()
     assert ours["calls"] == theirs["calls"]
     for mine, other in zip(ours["images"], theirs["images"], strict=True):
         assert mine["weapons"]["evidence"] == pytest.approx(other["weapons"]["evidence"], rel=1e-3)
