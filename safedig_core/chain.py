@@ -24,14 +24,14 @@ from .dictionary.dictionary import (
     save_dictionary,
 )
 from .distributed import ALONE, Group
-from .hosts.host import Everywhere, Host
+from .hosts.host import Host
+from .hosts.taps import ReplaceTap
 from .prompts import PromptPair
 from .sae import SAE, quality
-from .steering.gate import calibrated_gate, probe
+from .steering.gate import calibrate
 from .store.store import ActivationStore
 from .training import TrainSettings, adapt_decoder, pooled_code, select_features, train_sae
 
-CALIBRATION_SEED = 1_000_000
 RECOVERY_SEED = 3_000_000
 SELECT_EVERY = 4
 
@@ -97,7 +97,7 @@ def loss_recovered(
     seeds = [RECOVERY_SEED + i for i in range(len(prompts))]
 
     def loss(change: Callable[[Tensor], Tensor]) -> float:
-        tap = Everywhere([position], lambda _, a: change(a))
+        tap = ReplaceTap([position], lambda _, a: change(a))
         return sum(host.denoising_loss(prompts, latents, seeds, sigma, tap) for sigma in (0.9, 0.6, 0.3))
 
     plain, mean = loss(lambda a: a), loss(lambda a: average.to(a.device).expand_as(a))
@@ -149,29 +149,21 @@ def _plan(domain: Domain, name: str, recipe: Recipe) -> list[Action]:
     ]
 
 
-def calibrate(
+def _gated(
     host: Host,
     dictionary: Dictionary,
     domain: str,
     pairs: Sequence[PromptPair],
     recipe: Recipe,
-    progress: Progress | None = None,
-    batch: int = 32,
+    progress: Progress | None,
 ) -> Domain:
-    """The domain with a gate for its plan, from prompts and noise that nothing was trained on;
-    `batch` images are sampled at a time."""
-    windows = {a.position: a.window for a in dictionary.card.plan if a.domain == domain}
-    safe = [pair.safe for pair in pairs]
-    unsafe = [pair.unsafe for pair in pairs if pair.domain == domain and pair.unsafe is not None]
+    """The domain with a gate for its plan."""
 
     def report(done: int, total: int) -> None:
         if progress is not None:
             progress(f"calibrate {domain}", done, total)
 
-    prompts = safe + unsafe
-    seen = probe(host, dictionary, [domain], windows, prompts, CALIBRATION_SEED, batch, progress=report)
-    seen = seen[:, :, 0]
-    gate = calibrated_gate(list(windows), seen[: len(safe)], seen[len(safe) :], recipe.false_positive_rate)
+    gate = calibrate(host, dictionary, domain, pairs, recipe.false_positive_rate, report)
     return replace(dictionary.card.domains[domain], gate=gate)
 
 
@@ -286,7 +278,7 @@ def complete_dictionary(
     )
     save_dictionary(path, card, ordered, adapters)  # ungated, so that the gate can be measured
     ungated = Dictionary.open(path)
-    card.domains[source] = calibrate(host, ungated, source, pairs, recipe, progress, batch)
+    card.domains[source] = _gated(host, ungated, source, pairs, recipe, progress)
     save_dictionary(path, card, ordered, adapters)
 
 
@@ -329,5 +321,5 @@ def build_adapter(
     )
     save_adapter(path, card, adapters)
     ungated = dictionary.with_adapters(path)
-    card.domains[domain] = calibrate(host, ungated, domain, pairs, recipe, progress, batch)
+    card.domains[domain] = _gated(host, ungated, domain, pairs, recipe, progress)
     save_adapter(path, card, adapters)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .hosts.host import Host, Tap
+from .hosts.host import PictureHost, Tap
 from .prompts import PromptPair
 
 EVALUATION_SEED = 2_000_000  # far from the seeds of capture and calibration
@@ -39,13 +39,14 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """One row. `prompt` and `negative` choose what is sampled; `tap` steers; `host` replaces the model."""
+    """One row. `prompt` and `negative` choose what is sampled; `tap` makes what steers, anew for each batch;
+    `host` replaces the model."""
 
     name: str
-    tap: Tap | None = None
+    tap: Callable[[], Tap] | None = None
     prompt: Callable[[PromptPair], str] | None = None
     negative: Callable[[PromptPair], str] | None = None
-    host: Host | None = None
+    host: PictureHost | None = None
 
 
 @dataclass
@@ -92,7 +93,7 @@ def prompt_of(pair: PromptPair) -> str:
 
 
 def run(
-    host: Host,
+    host: PictureHost,
     evaluator: Evaluator,
     pairs: Sequence[PromptPair],
     method: Method,
@@ -111,16 +112,17 @@ def run(
         prompts = [(method.prompt or prompt_of)(pair) for pair, _ in part]
         negatives = None if method.negative is None else [method.negative(pair) for pair, _ in part]
         seeds = [seed_of(seed, start + i) for i in range(len(part))]
+        tap = None if method.tap is None else method.tap()
         began = time.perf_counter()
-        latents.append(host.sample(prompts, seeds, method.tap, negatives))
+        latents.append(host.sample(prompts, seeds, tap, negatives).cpu())
         seconds.append((time.perf_counter() - began) / len(part))
-        receipt = getattr(method.tap, "receipt", None)
+        receipt = getattr(tap, "receipt", None)
         if receipt is not None:
             receipts.append(receipt())
         if progress is not None:
             progress(min(start + batch, len(jobs)), len(jobs))
     whole = torch.cat(latents)
-    images = host.decode(whole)
+    images = host.decode(whole).cpu()
     return Outcome(
         method.name,
         whole,

@@ -136,11 +136,19 @@ def flux_inputs(images: int = 2, tokens: int = 9, words: int = 5, seed: int = 0)
 class TinyHost:
     """`flux()` as a host: 4 Euler steps over 9 image tokens, prompts of 5 hashed words."""
 
-    name, steps = "tiny", 4
+    name, steps, batch = "tiny", 4, 2
 
     def __init__(self, transformer: nn.Module):
         self.transformer = transformer
         self.architecture = architecture_of(transformer)
+
+    @property
+    def sampler(self) -> dict[str, str | int | float]:
+        return {"steps": self.steps}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
 
     @torch.no_grad()
     def sample(
@@ -155,7 +163,7 @@ class TinyHost:
         words = torch.stack([self.words(prompt) for prompt in prompts])
         inputs |= {"encoder_hidden_states": words, "pooled_projections": words.mean(1)[:, :8]}
         if tap is not None:
-            tap.begin(len(prompts), self.steps)
+            tap.begin(len(prompts), self.steps, self.device)
         with attached(self.transformer, tap.positions, tap) if tap is not None else nullcontext():
             for i in range(self.steps):
                 sigma = 1 - i / self.steps
@@ -170,9 +178,6 @@ class TinyHost:
         return torch.randn(5, 16, generator=torch.Generator().manual_seed(seed))
 
     def denoising_loss(self, *_: Any, **__: Any) -> float:
-        raise NotImplementedError
-
-    def decode(self, latents: Tensor) -> Tensor:
         raise NotImplementedError
 
 

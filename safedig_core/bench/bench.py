@@ -161,7 +161,7 @@ def full_size(family: str, scale: Scale) -> tuple[list[dict[str, Any]], dict[str
         path = Path(folder) / "dictionary.safetensors"
         write_dictionary(path, host.architecture, positions, scale)
         dictionary = Dictionary.open(path)
-        kept = Kept(Steering(dictionary))
+        kept = Kept(Steering(dictionary).run())
         with watch("steered"):
             host.sample([PAIRS[0].safe], [0], kept)
         tokens = {position: a.shape[1] for position, a in kept.activations.items()}
@@ -201,15 +201,15 @@ def _steering(
 ) -> float:
     """Median seconds that steering adds to one evaluation of one image."""
     dense = (actions[0].operator, actions[0].form) == ("blend", "paper")
-    steering, times = Steering(dictionary, actions), []
-    steering.begin(1, 1)
+    run, times = Steering(dictionary, actions).run(), []
+    run.begin(1, 1, torch.device("cpu"))
     for _ in range(scale.repeats + 1):
-        steering.step(0, 0.9, slice(0, 1))
+        run.step(0, 0.9, slice(0, 1))
         spent = 0.0
         for position, a in activations.items():
             part, share = _part(a, scale) if dense else (a, 1.0)
             began = time.perf_counter()
-            steering(position, part)
+            run(position, part)
             spent += share * (time.perf_counter() - began)
         times.append(spent)
     return median(times[1:])

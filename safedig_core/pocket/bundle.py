@@ -33,7 +33,7 @@ def measured(host: PocketModel, made: Made, domain: str, out: Path, progress: Pr
     dictionary = Dictionary.open(made.paths[SOURCE])
     if domain != SOURCE:
         dictionary = dictionary.with_adapters(made.paths[domain])
-    methods = [Method("none"), Method(OURS, Steering(dictionary))]
+    methods = [Method("none"), Method(OURS, Steering(dictionary).run)]
     pairs = shipped("evaluate", [domain, "safe"])
     rows, _ = compare(host, load_judge(), methods, pairs, seed=SEED, progress=progress)
     print(table(rows))

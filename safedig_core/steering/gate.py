@@ -1,4 +1,4 @@
-"""Calibration of the evidence gate: norms and thresholds to a stated false-positive rate."""
+"""The evidence gate's calibration: norms and a threshold to a stated false-positive rate."""
 
 from __future__ import annotations
 
@@ -10,33 +10,35 @@ from torch import Tensor
 from ..dictionary.dictionary import Dictionary, Gate
 from ..evaluation import roc
 from ..hosts.host import Host
-from .steering import Site, compile_site, moved
+from ..prompts import PromptPair
+from .site import Site, Window, compile_site
 
+CALIBRATION_SEED = 1_000_000
 WITNESS_AUROC = 0.9  # weaker positions only add false alarms to the running maximum
 
 
 class Probe:
     """A tap that changes nothing and keeps, per image, position and domain, the largest activity."""
 
-    def __init__(self, sites: dict[str, Site], windows: dict[str, tuple[float, float]]):
+    def __init__(self, sites: dict[str, Site], windows: dict[str, Window]):
         """`sites` compiled without norms; `windows[position]` are the noise levels read."""
         self.positions = tuple(sites)
-        self._sites, self._windows = sites, windows
+        self._given, self._windows = sites, windows
 
-    def begin(self, images: int, steps: int) -> None:
+    def begin(self, images: int, steps: int, device: torch.device) -> None:
+        self._sites = {position: site.to(device) for position, site in self._given.items()}
         domains = next(iter(self._sites.values())).member.shape[0]
-        self.activity = torch.zeros(images, len(self.positions), domains)
+        self.activity = torch.zeros(images, len(self.positions), domains, device=device)
 
-    def step(self, index: int, sigma: float, rows: slice) -> None:
+    def step(self, index: int, sigma: float | Tensor, rows: slice) -> None:
         self._sigma, self._rows = sigma, rows
 
     def __call__(self, position: str, a: Tensor) -> Tensor:
         start, end = self._windows[position]
         if start >= self._sigma >= end:
-            site = self._sites[position] = moved(self._sites[position], a.device)
-            at = self.positions.index(position)
-            seen = site.code(a[self._rows].float()).sum(1) @ site.evidence.T
-            self.activity[:, at] = torch.maximum(self.activity[:, at], seen.cpu())
+            site, at = self._sites[position], self.positions.index(position)
+            seen = site.read(a[self._rows].float()).harmful.sum(1) @ site.evidence.T
+            self.activity[:, at] = torch.maximum(self.activity[:, at], seen)
         return a
 
 
@@ -44,23 +46,39 @@ def probe(
     host: Host,
     dictionary: Dictionary,
     domains: Sequence[str],
-    windows: dict[str, tuple[float, float]],
+    windows: dict[str, Window],
     prompts: Sequence[str],
     seed: int,
-    batch: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """The largest activity of each domain's features, [images, positions, domains], without norms."""
     bare = dictionary.without_gates()
     sites = {p: compile_site(bare, p, domains, ()) for p in windows}
     tap, found = Probe(sites, windows), []
-    for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
+    for start in range(0, len(prompts), host.batch):
+        part = prompts[start : start + host.batch]
         host.sample(part, [seed + start + i for i in range(len(part))], tap)
-        found.append(tap.activity)
+        found.append(tap.activity.cpu())
         if progress is not None:
             progress(start + len(part), len(prompts))
     return torch.cat(found)
+
+
+def calibrate(
+    host: Host,
+    dictionary: Dictionary,
+    domain: str,
+    pairs: Sequence[PromptPair],
+    false_positive_rate: float,
+    progress: Callable[[int, int], None] | None = None,
+) -> Gate:
+    """A gate for what the dictionary's plan does for `domain`, from prompts and noise that nothing was
+    trained on: all safe sides of `pairs` against the domain's unsafe ones. `progress` counts images."""
+    windows = {a.position: a.window for a in dictionary.card.plan if a.domain == domain}
+    safe = [pair.safe for pair in pairs]
+    unsafe = [pair.unsafe for pair in pairs if pair.domain == domain and pair.unsafe is not None]
+    seen = probe(host, dictionary, [domain], windows, safe + unsafe, CALIBRATION_SEED, progress)[:, :, 0]
+    return calibrated_gate(list(windows), seen[: len(safe)], seen[len(safe) :], false_positive_rate)
 
 
 def calibrated_gate(

@@ -1,160 +1,59 @@
-"""Steering: the operators, the evidence gate, and the sites that apply both in a forward pass.
-
-With z the code of the harmful features M of one activation a, s the scale of its position:
-
-    residual Repel  a' = a - g s W_s^T z_M           residual Blend  a' = a + b s dW^T z_M
-    paper Repel     a' = a - g (D(z_M) - a)          paper Blend     a' = (1 - b) a + b D_t(E(a))
-
-Eq. 16-18 for the paper's; the residual forms keep the SAE's error term and move only tokens in
-which a harmful feature fires. Every operator is computed as a change to a, so that several on
-one position add up, and a token or image that is not acted on stays bit-identical.
+"""Steering: a plan compiled for one dictionary, and the runs that carry it out.
 
 The evidence gate: per image and domain, the weighted activity of the harmful features, pooled
 over the image's tokens and divided by the position's norm, kept as a running maximum over
 positions and steps. Sites act on an image for a domain only while that value exceeds the
-domain's threshold; being a maximum, an open gate stays open. A domain without a gate is always open.
+domain's threshold; being a maximum, an open gate stays open. What is not a number counts as
+over it. A domain without a gate, or with its gate switched off, is acted on in every image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+import ctypes
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from ..dictionary.dictionary import Action, Dictionary
-from ..sae import SAE
+from .site import Code, Site, Window, compile_site
 
 MODES = ("steer", "observe", "stop")
-ALWAYS = -1.0  # a limit that any evidence exceeds
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 class RiskFound(RuntimeError):
-    """A domain set to `stop` has opened its gate; `verdict` says where."""
-
-
-@dataclass
-class Site:
-    """What one position needs: the rows of its harmful features, folded for one matrix product.
-
-    R features (the union over D domains); h = a weight^T + bias is the SAE's pre-activation.
-    """
-
-    weight: Tensor  # [R, d]
-    bias: Tensor  # [R]
-    threshold: Tensor  # [R]
-    decoder: Tensor  # [R, d], times s
-    offset: Tensor  # [d], D(0)
-    member: Tensor  # [D, R], 1 where the feature is one of the domain's
-    evidence: Tensor  # [D, R], weight over norm
-    delta: dict[int, Tensor]  # domain -> [R, d], times s
-    transferred: dict[int, SAE]  # domain -> the whole SAE with D_t, for paper Blend only
-    actions: tuple[Action, ...]
-
-    def code(self, a: Tensor) -> Tensor:
-        """[B, T, d] -> z_M [B, T, R]."""
-        h = a @ self.weight.T + self.bias
-        return torch.where(h > self.threshold, h, 0.0)
-
-    def change(self, a: Tensor, z: Tensor, strengths: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The summed change of all actions [B, T, d], and which tokens it moves [B, T].
-
-        `strengths` holds [B, D] per action: zero where an image's gate is closed. Where open
-        domains share a feature, Repel takes the larger strength, Blend the sum of both changes.
-        """
-        total = torch.zeros_like(a)
-        touched = torch.zeros(a.shape[:2], dtype=torch.bool, device=a.device)
-        for action, strength in zip(self.actions, strengths, strict=True):
-            on = strength.amax(1)[:, None, None]  # [B, 1, 1]
-            coefficient = (strength[:, :, None] * self.member).amax(1)[:, None]  # [B, 1, R]
-            weighted = z * coefficient
-            if action.operator == "repel" and action.form == "residual":
-                total -= weighted @ self.decoder
-            elif action.operator == "repel":
-                total -= weighted @ self.decoder + on * (self.offset - a)
-            elif action.form == "residual":
-                for domain, rows in self.delta.items():
-                    total += (z * strength[:, None, None, domain]) @ rows
-            else:
-                for domain, sae in self.transferred.items():
-                    total += strength[:, None, None, domain] * (sae.reconstruct(a) - a)
-            if action.form == "residual":
-                touched |= (weighted > 0).any(-1)
-            else:
-                touched |= (on > 0)[..., 0]
-        return total, touched
-
-
-def compile_site(
-    dictionary: Dictionary, position: str, domains: Sequence[str], actions: Sequence[Action]
-) -> Site:
-    """The site of one position for `domains`, in the order given."""
-    index, rows = dictionary.harmful(position, list(domains))
-    column = {feature: i for i, feature in enumerate(index)}
-    member = torch.zeros(len(domains), len(index))
-    evidence = torch.zeros(len(domains), len(index))
-    delta: dict[int, Tensor] = {}
-    transferred: dict[int, SAE] = {}
-    needs_whole = any(a.form == "paper" and a.operator == "blend" for a in actions)
-    whole = dictionary.sae(position) if needs_whole else None
-    for d, name in enumerate(domains):
-        domain = dictionary.card.domains[name]
-        mine = domain.features.get(position, [])
-        columns = [column[f] for f in mine]
-        member[d, columns] = 1.0
-        norm = 1.0 if domain.gate is None else domain.gate.norms.get(position, float("inf"))
-        evidence[d, columns] = torch.tensor(domain.weights.get(position, [])) / norm
-        adapter = dictionary.delta(position, name)
-        if adapter is not None:
-            moved, change = adapter
-            delta[d] = torch.zeros(len(index), rows.width)
-            own = [i for i, f in enumerate(moved.tolist()) if f in mine]  # z_M: no other feature acts
-            delta[d][[column[f] for f in moved[own].tolist()]] = change[own] * rows.scale
-        if whole is not None:
-            decoder = whole.decoder_weight.clone()
-            if adapter is not None:
-                decoder[adapter[0]] += adapter[1]
-            transferred[d] = replace(whole, decoder_weight=decoder)
-    return Site(
-        weight=rows.encoder_weight / rows.scale,
-        bias=rows.encoder_bias - rows.encoder_weight @ (rows.mean / rows.scale),
-        threshold=rows.threshold,
-        decoder=rows.decoder_weight * rows.scale,
-        offset=rows.decoder_bias * rows.scale + rows.mean,
-        member=member,
-        evidence=evidence,
-        delta=delta,
-        transferred=transferred,
-        actions=tuple(actions),
-    )
+    """A domain set to `stop` was found; the message says where."""
 
 
 class Steering:
-    """A plan compiled for one dictionary, and the state of one sampling run.
-
-    A host calls `begin` before sampling, `step` before each forward pass, and the object itself
-    with every activation of `positions`.
-    """
+    """A plan compiled for one dictionary. It never changes: what a sampling finds is in its `Run`."""
 
     def __init__(
         self,
         dictionary: Dictionary,
         plan: Sequence[Action] | None = None,
         *,
-        modes: dict[str, str] | None = None,
+        modes: Mapping[str, str] | None = None,
         strength: float = 1.0,
         gate: bool = True,
         preserve_norm: bool = False,
     ):
         """`plan` defaults to the dictionary's; `modes` maps domains to steer (default), observe
-        (evidence only) or stop; `strength` multiplies every action's. Raises ValueError for an
-        unknown domain, mode or position, and for a residual Blend that no adapter can serve."""
-        self.dictionary = dictionary
-        self.domains = tuple(dictionary.card.domains)
-        self.plan = tuple(dictionary.card.plan if plan is None else plan)
-        self.modes = dict.fromkeys(self.domains, "steer") | (modes or {})
-        self.strength, self.gate, self.preserve_norm = strength, gate, preserve_norm
+        (evidence only) or stop; `strength` multiplies every action's. Without `gate`, every image is
+        acted on. Raises ValueError for an unknown domain, mode or position, and for a residual Blend
+        that no adapter can serve."""
+        self.dictionary: Final = dictionary
+        self.domains: Final = tuple(dictionary.card.domains)
+        self.plan: Final = tuple(dictionary.card.plan if plan is None else plan)
+        self.modes: Final = MappingProxyType(dict.fromkeys(self.domains, "steer") | dict(modes or {}))
+        self.strength: Final = strength
+        self.gate: Final = gate
+        self.preserve_norm: Final = preserve_norm
         for name, mode in self.modes.items():
             if name not in self.domains:
                 raise ValueError(f"no domain '{name}' in {dictionary.path}: it has {', '.join(self.domains)}")
@@ -167,132 +66,256 @@ class Steering:
                 raise ValueError(f"the plan names domain '{action.domain}', which {dictionary.path} lacks")
             by_position.setdefault(action.position, []).append(action)
         order = [p for p in dictionary.card.architecture.positions() if p in by_position]
-        self.sites = {p: compile_site(dictionary, p, self.domains, by_position[p]) for p in order}
-        for position, site in self.sites.items():
+        sites = {p: compile_site(dictionary, p, self.domains, by_position[p]) for p in order}
+        for position, site in sites.items():
             for action in site.actions:
                 if (action.operator, action.form) == ("blend", "residual") and not site.delta:
                     raise ValueError(f"{dictionary.path} has no adapter at {position}, which its Blend needs")
-        self.begin(0, 0)
+        self.sites: Final[Mapping[str, Site]] = MappingProxyType(sites)
 
     @property
     def positions(self) -> tuple[str, ...]:
+        """Where it acts or looks, in the order of a forward pass."""
         return tuple(self.sites)
 
-    def begin(self, images: int, steps: int, device: torch.device | str = "cpu", tokens: int = 0) -> None:
-        """Starts a run of `steps` model steps over `images` images; all buffers are made here.
+    @property
+    def acting(self) -> tuple[str, ...]:
+        """Where an action of the plan is."""
+        return tuple(position for position, site in self.sites.items() if site.actions)
+
+    @property
+    def witnesses(self) -> dict[str, list[str]]:
+        """Where each domain's evidence is read."""
+        return {
+            name: [p for p, site in self.sites.items() if site.witness[d] is not None]
+            for d, name in enumerate(self.domains)
+        }
+
+    def threshold(self, domain: str) -> float | None:
+        """That a domain's evidence has to exceed to be found; None where it has no gate."""
+        gate = self.dictionary.card.domains[domain].gate
+        return None if gate is None else gate.threshold
+
+    def run(self, sites: Mapping[str, Site] | None = None) -> Run:
+        """A tap for one sampling. `sites`: these ones, where they are elsewhere already."""
+        return Run(self, self.sites if sites is None else sites)
+
+
+class Run:
+    """One sampling that a Steering acts in, and what it found: a tap.
+
+    After `begin`, `history` [S, B, D] is the evidence by step, and `map` [B, tokens] how far each
+    image token moved, |a' - a| / |a| summed over calls; both on the device.
+    """
+
+    def __init__(self, steering: Steering, sites: Mapping[str, Site]):
+        self.steering = steering
+        self.positions = steering.positions
+        self._given = sites
+
+    def begin(self, images: int, steps: int, device: torch.device, tokens: int = 0) -> None:
+        """Starts a sampling of `steps` model steps over `images` images; all buffers are made here.
 
         `tokens` is the number of image tokens, for a map of where activations moved; 0 for none.
         """
-        self.sites = {p: moved(site, device) for p, site in self.sites.items()}
-        self._reach = {p: [self._reach_of(a, device) for a in s.actions] for p, s in self.sites.items()}
-        shape = (len(self.sites), steps, images)
-        self.calls = torch.zeros(shape[:2], dtype=torch.long)  # on the CPU: counted, not computed
-        self.fired = torch.zeros(shape, device=device)  # tokens moved
-        self.moved = torch.zeros(shape, device=device)  # |a' - a| / |a| over the image's tokens
-        self.map = torch.zeros(images, tokens, device=device)  # |a' - a| / |a| of each, summed over calls
-        self.history = torch.zeros(steps, images, len(self.domains), device=device)
-        self.evidence = torch.zeros(images, len(self.domains), device=device)
-        gates = [self.dictionary.card.domains[name].gate for name in self.domains]
-        limits = [g.threshold if g and self.gate else ALWAYS for g in gates]
-        self.limit = torch.tensor(limits, device=device)
-        self.step(0, 1.0, slice(0, images))
+        plan, domains = self.steering, len(self.steering.domains)
+        self._places = {p: _Place(plan, site.to(device), device) for p, site in self._given.items()}
+        limits = [plan.threshold(name) for name in plan.domains]
+        self._gated = torch.tensor([limit is not None for limit in limits], device=device)
+        self._always = torch.tensor([limit is None or not plan.gate for limit in limits], device=device)
+        self._limit = torch.tensor([math.inf if t is None else t for t in limits], device=device)
+        shape = (len(self.positions), steps, images)
+        self._calls = torch.zeros(shape[:2], dtype=torch.long)  # on the CPU: counted, not computed
+        self._tokens = torch.zeros(shape, dtype=torch.long, device=device)  # moved
+        self._change = torch.zeros(shape, device=device)
+        self._tokens_of = torch.zeros(images, domains, dtype=torch.long, device=device)  # moved by a domain
+        self._looked = torch.zeros(domains, dtype=torch.long, device=device)
+        self._evidence = torch.zeros(images, domains, device=device)
+        self.history = torch.zeros(steps, images, domains, device=device)
+        self.map = torch.zeros(images, tokens, device=device)
 
     def step(self, index: int, sigma: float | Tensor, rows: slice) -> None:
-        """Announces step `index` at noise level `sigma`; `rows` of the batch are to be steered.
-
-        A host whose noise level is on the device passes it as a scalar tensor: the windows are then
-        compared there, without waiting for it.
-        """
-        self.index, self.sigma, self.rows = index, sigma, rows
-
-    def _reach_of(self, action: Action, device: torch.device | str) -> Tensor:
-        """[D]: the action's strength for each domain that it acts for, else 0."""
-        value = action.strength * self.strength
-        applies = [action.domain in ("", name) and self.modes[name] != "observe" for name in self.domains]
-        return torch.tensor([value * acts for acts in applies], device=device)
+        """Announces step `index` at noise level `sigma`; `rows` of the batch are the images."""
+        self._index, self._rows = index, rows
+        self._sigma = sigma if isinstance(sigma, Tensor) else _single(sigma)
+        self.history[index] = self._evidence
 
     def __call__(self, position: str, a: Tensor) -> Tensor:
         """a [batch, T, d] -> a' of the same shape and dtype; rows not acted on keep their bits.
 
-        Raises RiskFound as soon as the gate of a domain set to `stop` opens.
+        Raises RiskFound as soon as a domain set to `stop` is found.
         """
-        site = self.sites[position]
-        at = self.positions.index(position)
-        self.calls[at, self.index] += 1
-        windows = [action.window for action in site.actions]
-        inside = [(self.sigma <= start) & (self.sigma >= end) for start, end in windows]
-        if not isinstance(self.sigma, Tensor) and not any(inside):
+        place, at = self._places[position], self.positions.index(position)
+        self._calls[at, self._index] += 1
+        looks, acts = place.witness.open(self._sigma), place.windows.open(self._sigma)
+        if not looks and not acts:
             return a
-        part = a[self.rows]
+        part = a[self._rows]
         x = part.float()
-        z = site.code(x)
-        seen = z.sum(1) @ site.evidence.T
-        if isinstance(self.sigma, Tensor):
-            seen = torch.where(torch.stack([torch.as_tensor(on) for on in inside]).any(), seen, 0.0)
-        torch.maximum(self.evidence, seen, out=self.evidence)
-        self.history[self.index] = self.evidence
-        self._stop_on_risk(position)
-        opened = (self.evidence > self.limit).float()
-        strengths = [opened * reach * on for reach, on in zip(self._reach[position], inside, strict=True)]
-        change, touched = site.change(x, z, strengths)
-        y = x + change
-        if self.preserve_norm:
-            y = y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-6))
-        out = torch.where(touched[..., None], y.to(a.dtype), part)
-        moved = out.float() - x
-        self.fired[at, self.index] += touched.sum(1).float()
-        share = moved.norm(dim=(1, 2)) / x.norm(dim=(1, 2)).clamp(min=1e-6)
-        self.moved[at, self.index] = torch.maximum(self.moved[at, self.index], share)
+        code = place.site.read(x)
+        if looks:
+            self._look(position, place, code)
+        if not acts:
+            return a
+        within = place.windows.hold(self._sigma)[:, None]  # [A, 1]
+        self._looked += (place.meant & within).any(0) & ~self._gated
+        acting = self._always | self._found(self._evidence)  # [B, D]
+        strengths = acting * (place.reach * within)[:, None]  # [A, B, D]
+        out = self._moved(place.site, part, x, code, strengths)
+        changed = _differs(out, part)
+        self._tokens[at, self._index] += changed.sum(1)
+        for d in place.acting:
+            mine = changed
+            if len(place.acting) > 1:  # what it alone would have done
+                alone = strengths * place.one[d]
+                mine = changed & _differs(self._moved(place.site, part, x, code, alone), part)
+            self._tokens_of[:, d] += mine.sum(1)
+        move = out.float() - x
+        share = move.norm(dim=(1, 2)) / x.norm(dim=(1, 2)).clamp(min=1e-6)
+        self._change[at, self._index] = torch.maximum(self._change[at, self._index], share)
         if position.endswith("img") and x.shape[1] == self.map.shape[1]:
-            self.map += moved.norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-6)
+            self.map += move.norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-6)
         if part.shape == a.shape:
             return out
         steered = a.clone()
-        steered[self.rows] = out
+        steered[self._rows] = out
         return steered
 
-    def _stop_on_risk(self, position: str) -> None:
-        for d, name in enumerate(self.domains):
+    def _found(self, evidence: Tensor) -> Tensor:
+        """[..., D] -> whether it is over the threshold; what is not a number counts as over it."""
+        return ~(evidence <= self._limit) & self._gated
+
+    def _look(self, position: str, place: _Place, code: Code) -> None:
+        """Reads the evidence of the domains that have a witness here."""
+        within = place.witness.hold(self._sigma)  # [D]
+        seen = torch.where(within, code.harmful.sum(1) @ place.site.evidence.T, 0.0)
+        self._evidence = torch.maximum(self._evidence, seen)
+        self.history[self._index] = self._evidence
+        self._looked += within
+        for d, name in enumerate(self.steering.domains):
             # the only place that waits for the device, and only where a domain is set to stop
-            if self.modes[name] == "stop" and bool((self.evidence[:, d] > self.limit[d]).any()):
-                images = (self.evidence[:, d] > self.limit[d]).nonzero().flatten().tolist()
+            if self.steering.modes[name] == "stop" and bool(self._found(self._evidence)[:, d].any()):
+                images = self._found(self._evidence)[:, d].nonzero().flatten().tolist()
                 raise RiskFound(
                     f"stopped: {name} found in image {', '.join(map(str, images))} of the batch "
-                    f"at step {self.index + 1} (position {position}); this domain is set to stop"
+                    f"at step {self._index + 1} (position {position}); this domain is set to stop"
                 )
 
-    def receipt(self) -> dict:
-        """What happened in the run, as plain numbers: per position, step and image."""
-        limit = self.limit.tolist()
-        opened = self.history > self.limit
-        images = []
-        for b in range(self.evidence.shape[0]):
-            verdict = {}
-            for d, name in enumerate(self.domains):
-                at = opened[:, b, d].nonzero().flatten()
+    def _moved(self, site: Site, part: Tensor, x: Tensor, code: Code, strengths: Tensor) -> Tensor:
+        """`part` (`x` in float32) as the site's actions leave it."""
+        change, touched = site.change(x, code, strengths)
+        y = x + change
+        if self.steering.preserve_norm:
+            y = y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-6))
+        return torch.where(touched[..., None], y.to(part.dtype), part)
+
+    def receipt(self) -> dict[str, Any]:
+        """What happened, as JSON: by position P, step S, image B and domain. A number that is not finite
+        is None.
+
+            positions, acting   names: where it looked or acted, and where it acted
+            witnesses           by domain, where its evidence was read
+            calls               [P][S], how often each position was given
+            tokens_moved        [P][S][B], tokens whose value changed in the model's own dtype
+            relative_change     [P][S][B], |a' - a| / |a| over the image's tokens
+            images              by image and domain: `mode`; `evidence`, the largest that was read, None
+                                where none was; `threshold`, None without a gate; `looked`, how often a
+                                witness was read inside its window (without a gate, how often it could
+                                have acted); `found_at_step`, from 0, or None; `tokens_moved` by its own
+                                actions; and its `status`
+        """
+        plan, gated = self.steering, self._gated.tolist()
+        found = self._found(self.history).tolist()
+        evidence, looked = self._evidence.tolist(), self._looked.tolist()
+        images: list[dict[str, Any]] = []
+        for b, by_domain in enumerate(self._tokens_of.tolist()):
+            verdict: dict[str, Any] = {}
+            for d, name in enumerate(plan.domains):
+                at = next((s for s, step in enumerate(found) if step[b][d]), None)
                 verdict[name] = {
-                    "evidence": self.evidence[b, d].item(),
-                    "threshold": None if limit[d] == ALWAYS else limit[d],
-                    "opened_at_step": int(at[0]) if len(at) else None,
-                    "mode": self.modes[name],
+                    "mode": plan.modes[name],
+                    "evidence": _finite(evidence[b][d]) if gated[d] and looked[d] else None,
+                    "threshold": plan.threshold(name),
+                    "looked": looked[d],
+                    "found_at_step": at,
+                    "tokens_moved": by_domain[d],
+                    "status": status(plan.modes[name], gated[d], looked[d], at is not None, by_domain[d]),
                 }
             images.append(verdict)
+        change = self._change.tolist()
         return {
-            "positions": list(self.positions),
-            "calls": self.calls.tolist(),
-            "tokens_fired": self.fired.tolist(),
-            "relative_change": self.moved.tolist(),
+            "positions": list(plan.positions),
+            "acting": list(plan.acting),
+            "witnesses": plan.witnesses,
+            "calls": self._calls.tolist(),
+            "tokens_moved": self._tokens.tolist(),
+            "relative_change": [[[_finite(v) for v in step] for step in place] for place in change],
             "images": images,
         }
 
 
-def moved(site: Site, device: torch.device | str) -> Site:
-    """The site with its tensors on `device`."""
-    tensors = {f.name: getattr(site, f.name) for f in fields(site)}
-    tensors = {name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)}
-    return replace(
-        site,
-        **tensors,
-        delta={d: t.to(device) for d, t in site.delta.items()},
-        transferred={d: sae.to(device) for d, sae in site.transferred.items()},
-    )
+def status(mode: str, gated: bool, looked: int, found: bool, moved: int) -> str:
+    """What became of one domain in one image, in words.
+
+    `gated`: it has a gate; `looked`: how often it was looked at; `found`: its evidence went over the
+    threshold; `moved`: tokens that its actions changed.
+    """
+    if found and mode == "observe":
+        return "observed"
+    if found:
+        return "steered" if moved else "found, nothing moved"
+    if moved:
+        return "steered without evidence"
+    if not looked:
+        return "not looked at"
+    return "clear" if gated else "nothing moved"
+
+
+class _Windows:
+    """Noise levels from a start down to an end, N of them; None holds none."""
+
+    def __init__(self, windows: Sequence[Window | None], device: torch.device):
+        self._pairs = [(-1.0, 2.0) if w is None else (_single(w[0]), _single(w[1])) for w in windows]
+        self._levels = torch.tensor(self._pairs, device=device).reshape(-1, 2)
+
+    def open(self, sigma: float | Tensor) -> bool:
+        """Whether any may hold sigma: surely, where it is a number."""
+        if isinstance(sigma, Tensor):
+            return any(start >= end for start, end in self._pairs)
+        return any(start >= sigma >= end for start, end in self._pairs)
+
+    def hold(self, sigma: float | Tensor) -> Tensor:
+        """[N], which of them hold sigma."""
+        return (self._levels[:, 0] >= sigma) & (self._levels[:, 1] <= sigma)
+
+
+class _Place:
+    """A site made ready for a run."""
+
+    def __init__(self, plan: Steering, site: Site, device: torch.device):
+        shape = (len(site.actions), len(plan.domains))
+        meant = torch.tensor([[a.domain in ("", name) for name in plan.domains] for a in site.actions])
+        acts = torch.tensor([plan.modes[name] != "observe" for name in plan.domains])
+        strength = torch.tensor([a.strength * plan.strength for a in site.actions])
+        reach = meant.reshape(shape) * acts * strength[:, None]
+        self.site = site
+        self.witness = _Windows(site.witness, device)
+        self.windows = _Windows([action.window for action in site.actions], device)
+        self.meant = meant.reshape(shape).bool().to(device)  # [A, D]: whom an action is for
+        self.reach = reach.to(device)  # [A, D]: with what strength it acts
+        self.acting = [d for d in range(len(plan.domains)) if bool((reach[:, d] > 0).any())]
+        self.one = torch.eye(len(plan.domains), device=device)
+
+
+def _single(level: float) -> float:
+    """As float32 has it: on a device there may be no other, and windows must hold the same everywhere."""
+    return ctypes.c_float(level).value
+
+
+def _differs(a: Tensor, b: Tensor) -> Tensor:
+    """[B, T]: the tokens of a [B, T, d] that have other bits than those of b, of the same dtype."""
+    return (a.view(_BITS[a.element_size()]) != b.view(_BITS[b.element_size()])).any(-1)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

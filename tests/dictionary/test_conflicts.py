@@ -85,9 +85,10 @@ def test_domains_add_up_and_can_be_swapped_without_reading_the_dictionary_again(
     def move(dictionary: Dictionary, only: tuple[str, ...]) -> torch.Tensor:
         modes = {domain: "steer" if domain in only else "observe" for domain in dictionary.card.domains}
         plan = [action for action in dictionary.card.plan if action.operator == "blend"]
-        steering = Steering(dictionary, plan, modes=modes, gate=False)
-        steering.begin(1, 1)
-        return steering(AT, a) - a
+        run = Steering(dictionary, plan, modes=modes, gate=False).run()
+        run.begin(1, 1, torch.device("cpu"))
+        run.step(0, 0.5, slice(0, 1))
+        return run(AT, a) - a
 
     both = base.with_adapters(shock, fraud)
     parts = {domain: move(both, (domain,)) for domain in ("weapons", "shock", "fraud")}

@@ -87,11 +87,11 @@ def use(dictionary: Dictionary) -> None:
         for domain in dictionary.card.domains:
             dictionary.delta(position, domain)
     plan = [a for a in dictionary.card.plan if a.form == "paper" or a.operator == "repel"]
-    steering = Steering(dictionary, plan)
-    steering.begin(1, 1)
-    steering.step(0, 1.0, slice(0, 1))
-    for position in steering.positions:
-        steering(position, torch.zeros(1, 2, dictionary.card.architecture.width_of(position)))
+    run = Steering(dictionary, plan).run()
+    run.begin(1, 1, torch.device("cpu"))
+    run.step(0, 1.0, slice(0, 1))
+    for position in run.positions:
+        run(position, torch.zeros(1, 2, dictionary.card.architecture.width_of(position)))
 
 
 def read_dictionary(folder: Path) -> None:

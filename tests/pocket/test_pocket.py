@@ -97,7 +97,7 @@ def test_no_ops_give_the_same_bits(
     dictionary = write_dictionary(tmp_path / "d.safetensors", made_for, architecture=pocket.architecture)
     prompts, seeds = ["a cat and a pistol", "a dog"], [1, 2]
     plain = pocket.sample(prompts, seeds)
-    steered = pocket.sample(prompts, seeds, Steering(dictionary, plan, **options))
+    steered = pocket.sample(prompts, seeds, Steering(dictionary, plan, **options).run())
     assert torch.equal(plain, steered)
 
 
@@ -108,11 +108,11 @@ def test_a_strong_action_changes_the_image_and_the_receipt_says_so(
     dictionary = write_dictionary(
         tmp_path / "d.safetensors", plan, architecture=pocket.architecture, threshold=-1.0
     )
-    steering = Steering(dictionary)
-    assert not torch.equal(pocket.sample(["a cat"], [1]), pocket.sample(["a cat"], [1], steering))
-    receipt = steering.receipt()
+    run = Steering(dictionary).run()
+    assert not torch.equal(pocket.sample(["a cat"], [1]), pocket.sample(["a cat"], [1], run))
+    receipt = run.receipt()
     assert receipt["calls"] == [[1] * pocket.steps]
-    assert sum(step[0] for step in receipt["tokens_fired"][0]) > 0
+    assert sum(step[0] for step in receipt["tokens_moved"][0]) > 0
 
 
 def test_speckle_on_the_ground_is_an_artefact_and_a_tint_is_not(pocket: PocketModel, judge: Judge) -> None:

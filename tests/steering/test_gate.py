@@ -81,9 +81,10 @@ def test_the_probe_measures_the_evidence_that_steering_sees(tiny_flux: nn.Module
     plan = [Action(p, "repel", "residual", 0.0, window) for p in POSITIONS[:2]]
     dictionary = write_dictionary(tmp_path / "d.safetensors", plan)
     host, prompts = TinyHost(tiny_flux), ["a cat", "a dog", "a pistol"]
-    seen = probe(host, dictionary, ["weapons"], dict.fromkeys(POSITIONS[:2], window), prompts, 5, batch=2)
+    seen = probe(host, dictionary, ["weapons"], dict.fromkeys(POSITIONS[:2], window), prompts, 5)
     assert seen.shape == (3, 2, 1) and (seen > 0).all()
-    steering = Steering(dictionary)
-    latents = host.sample(prompts, [5, 6, 7], steering)
-    assert torch.allclose(steering.evidence[:, 0], seen[:, :, 0].amax(1), rtol=1e-4)
+    run = Steering(dictionary).run()
+    latents = host.sample(prompts, [5, 6, 7], run)
+    evidence = [image["weapons"]["evidence"] for image in run.receipt()["images"]]
+    assert evidence == pytest.approx(seen[:, :, 0].amax(1).tolist(), rel=1e-4)
     assert torch.equal(latents, host.sample(prompts, [5, 6, 7]))
