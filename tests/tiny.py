@@ -7,7 +7,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,8 @@ def flux_inputs(images: int = 2, tokens: int = 9, words: int = 5, seed: int = 0)
 class TinyHost:
     """`flux()` as a host: 4 Euler steps over 9 image tokens, prompts of 5 hashed words."""
 
-    name, steps = "tiny", 4
+    name, steps, batch = "tiny", 4, 32
+    sampler: Mapping[str, str | int | float] = {"steps": 4}
 
     def __init__(self, transformer: nn.Module):
         self.transformer = transformer

@@ -83,7 +83,8 @@ class ComfyHost:
         needed = self._model.memory_required([images, *self.latent_shape])
         return float(needed), float(get_total_memory(self._model.load_device))
 
-    def identity(self) -> dict[str, str | int | float]:
+    @property
+    def sampler(self) -> dict[str, str | int | float]:
         """What activations depend on besides the model and the prompts, once a prompt is prepared."""
         s = self.settings
         found: dict[str, str | int | float] = {

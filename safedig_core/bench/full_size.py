@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +108,8 @@ class FullSizeHost:
     """One of SHAPES as a host that takes one Euler step; `grid` tokens a side and `words` can be fewer."""
 
     steps = 1
+    batch = 2
+    sampler: Mapping[str, str | int | float] = {"steps": 1}
 
     def __init__(self, name: str, grid: int = GRID, words: int | None = None) -> None:
         self.name, self.shape, self.grid = name, SHAPES[name], grid

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -33,6 +33,12 @@ class Host(Protocol):
     name: str
     architecture: Architecture
     steps: int
+    batch: int  # images that it can sample at a time
+
+    @property
+    def sampler(self) -> Mapping[str, str | int | float]:
+        """What activations depend on besides the model and the prompts."""
+        ...
 
     def sample(
         self,
