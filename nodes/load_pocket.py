@@ -9,12 +9,12 @@ from comfy_api.latest import io
 
 from . import sockets
 
-MODELS = ["pocket-flux", "pocket-sd35"]
-
 
 class LoadPocketModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        from ..safedig_core.pocket.model import MODELS
+
         return io.Schema(
             node_id="SafeDIGLoadPocketModel",
             display_name="Load Pocket Model",
@@ -22,7 +22,7 @@ class LoadPocketModel(io.ComfyNode):
             description="A tiny FLUX or SD3.5 that paints emoji scenes, to try steering on any computer. "
             "Prompts are like 'a cat and a pistol'. An empty latent of 128 x 128 gives its pictures of "
             "64 x 64; 16 steps, cfg 2.5, sampler euler, scheduler simple.",
-            inputs=[io.Combo.Input("name", options=MODELS, default=MODELS[0])],
+            inputs=[io.Combo.Input("name", options=list(MODELS), default=MODELS[0])],
             outputs=[
                 io.Model.Output(display_name="model"),
                 io.Clip.Output(display_name="clip", tooltip="For CLIP Text Encode."),

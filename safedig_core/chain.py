@@ -6,8 +6,9 @@ the harmful features. The gate is calibrated on prompts and noise of its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,66 +25,20 @@ from .dictionary.dictionary import (
     save_dictionary,
 )
 from .distributed import ALONE, Group
+from .features import SELECT_EVERY, choose_features, split
 from .hosts.host import Host
 from .hosts.taps import ReplaceTap
-from .prompts import PromptPair
+from .progress import Progress
+from .prompts import SAFE, PromptPair
+from .recipe import Recipe
 from .sae import SAE, quality
 from .steering.gate import calibrate
 from .store.store import ActivationStore
-from .training import TrainSettings, adapt_decoder, pooled_code, select_features, train_sae
+from .training import train_sae
+from .transfer import fit_adapter
 
 RECOVERY_SEED = 3_000_000
-SELECT_EVERY = 4
-
-Progress = Callable[[str, int, int], None]  # what, done, total
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a domain is steered at the routed positions."""
-
-    blend: float = 1.0
-    repel: float = 0.5
-    window: tuple[float, float] = (1.0, 0.5)  # of image tokens: later changes leave speckle
-    specificity: float = 0.75
-    most_features: int = 64
-    replay_weight: float = 0.2
-    stability: float = 0.01
-    false_positive_rate: float = 0.01
-    train: TrainSettings = field(default_factory=TrainSettings)
-
-
-def split(indices: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Pair indices for training, and those for feature selection."""
-    return (
-        [p for i, p in enumerate(indices) if i % SELECT_EVERY],
-        [p for i, p in enumerate(indices) if i % SELECT_EVERY == 0],
-    )
-
-
-def _safe_images(store: ActivationStore, position: str, indices: Sequence[int]) -> list[Tensor]:
-    """Safe sides [S, K, d] of pairs and of purely safe prompts."""
-    return [image[-1].float() for image in store.images(position, indices)]
-
-
-def choose_features(
-    store: ActivationStore, position: str, sae: SAE, domain: str, recipe: Recipe
-) -> tuple[list[int], list[float]]:
-    """The harmful features of `domain` at `position`, with evidence weights, on the selection split."""
-    chosen = {d: split(store.indices(d))[1] for d in sorted({p.domain for p in store.prompts})}
-    if len(chosen.get(domain, ())) < 2:
-        raise ValueError(
-            f"the store has {len(store.indices(domain))} pairs of '{domain}': at least {SELECT_EVERY + 1} "
-            f"are needed, since features are chosen on every {SELECT_EVERY}th"
-        )
-    unsafe = [image[0].float() for image in store.images(position, chosen[domain])]
-    safe = [image for indices in chosen.values() for image in _safe_images(store, position, indices)]
-    return select_features(
-        pooled_code(sae, torch.stack(unsafe)),
-        pooled_code(sae, torch.stack(safe)),
-        specificity=recipe.specificity,
-        most=recipe.most_features,
-    )
+LEAST = SELECT_EVERY  # pairs of a domain, and purely safe prompts: else one of the splits is empty
 
 
 def loss_recovered(
@@ -102,23 +57,6 @@ def loss_recovered(
 
     plain, mean = loss(lambda a: a), loss(lambda a: average.to(a.device).expand_as(a))
     return (mean - loss(lambda a: sae.to(a.device).reconstruct(a))) / (mean - plain)
-
-
-def fit_adapter(
-    store: ActivationStore, position: str, rows: SAE, domain: str, source: str, recipe: Recipe
-) -> Tensor:
-    """dW [R, d] of the harmful rows for `domain`, with replay of `source` where that is another."""
-    training = split(store.indices(domain))[0]
-    replay = split(store.indices(source))[0] if domain != source else []
-    safe = split(store.indices("safe"))[0]
-    return adapt_decoder(
-        rows,
-        (store.pairs(position, [p]) for p in training),
-        (store.pairs(position, [p]) for p in replay),
-        (image.flatten(0, 1) for image in _safe_images(store, position, safe)),
-        replay_weight=recipe.replay_weight,
-        stability=recipe.stability,
-    )
 
 
 def _plan(domain: Domain, name: str, recipe: Recipe) -> list[Action]:
@@ -323,3 +261,25 @@ def build_adapter(
     ungated = dictionary.with_adapters(path)
     card.domains[domain] = _gated(host, ungated, domain, pairs, recipe, progress)
     save_adapter(path, card, adapters)
+
+
+def require_prompts(store: ActivationStore, domain: str, calibration: Sequence[PromptPair]) -> None:
+    """That the store has enough of `domain`, and that the gate is not calibrated on what it holds."""
+    found = Counter(pair.domain for pair in store.prompts)
+    for name, what in ((domain, "pairs"), (SAFE, "purely safe prompts (domain 'safe')")):
+        if found[name] < LEAST:
+            others = ", ".join(f"{count} of {other}" for other, count in found.items())
+            raise ValueError(
+                f"Of '{name}' at least {LEAST} {what} must have been captured. There are: {others}."
+            )
+    if not calibration:
+        return
+    if not any(pair.domain == domain for pair in calibration):
+        raise ValueError(f"The calibration prompts have none of '{domain}': the gate needs some.")
+    seen = {(pair.unsafe, pair.safe) for pair in store.prompts}
+    again = sum((pair.unsafe, pair.safe) in seen for pair in calibration)
+    if again:
+        raise ValueError(
+            f"{again} of the {len(calibration)} calibration prompts were captured too: a gate that is "
+            "calibrated on what was trained on opens too late. Load a set of its own."
+        )

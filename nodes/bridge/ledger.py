@@ -8,6 +8,7 @@ executed, have that signature. What was rewired since, or sampled without our wr
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -167,7 +168,7 @@ class Makers:
 def makers(prompt: Prompt, node: str, given: str, sampled: Callable[[str], bool]) -> Makers:
     """Traces what comes in at the input `given` of a node. `sampled` tells of a node whether a run is known
     of it, where its inputs don't show that it samples."""
-    from nodes import NODE_CLASS_MAPPINGS as classes  # ComfyUI's own
+    classes = sys.modules["nodes"].NODE_CLASS_MAPPINGS  # ComfyUI's own module of that name
 
     found = Makers()
 

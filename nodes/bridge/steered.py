@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import uuid
-from dataclasses import fields, replace
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...safedig_core.hosts.host import Tap
-from ...safedig_core.sae import SAE
 from ...safedig_core.steering.site import Site
 from ...safedig_core.steering.steering import Run, Steering
 from .attachment import KEY, Attachment, Sampling, with_wrappers
@@ -85,18 +84,11 @@ class SteeringWeights(nn.Module):
     `sites` hold the very same parameters, so moving the module moves them.
     """
 
-    def __init__(self, sites: dict[str, Site]):
+    def __init__(self, sites: Mapping[str, Site]):
         super().__init__()
-        self.sites: dict[str, Site] = self._owned(sites)
+        self.sites = {name: site.map(self._register) for name, site in sites.items()}
 
-    def _owned(self, value: Any) -> Any:
-        """`value` with every tensor in it as a parameter of this module."""
-        if isinstance(value, Tensor):
-            parameter = nn.Parameter(value, requires_grad=False)
-            self.register_parameter(f"row{len(self._parameters)}", parameter)
-            return parameter
-        if isinstance(value, dict):
-            return {key: self._owned(entry) for key, entry in value.items()}
-        if isinstance(value, (Site, SAE)):
-            return replace(value, **{f.name: self._owned(getattr(value, f.name)) for f in fields(value)})
-        return value
+    def _register(self, tensor: Tensor) -> nn.Parameter:
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        self.register_parameter(f"row{len(self._parameters)}", parameter)
+        return parameter

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,18 +22,17 @@ from ..dictionary.dictionary import Action, Card, Dictionary, Domain, Gate, Posi
 from ..evaluation import environment
 from ..hosts.host import Host
 from ..positions import Architecture
+from ..progress import Progress
 from ..prompts import PromptPair
 from ..routing import route
 from ..sae import SAE
 from ..steering.steering import Steering
-from ..store.capture import capture
+from ..store.capture import capture, store_settings
 from ..store.settings import StoreSettings
 from ..store.store import ActivationStore, ActivationWriter
 from ..training import TrainSettings, train_sae
 from .full_size import GRID, SHAPES, FullSizeHost
 from .instruments import Kept, TimedHost, Watch, in_own_process, memory_mb
-
-Progress = Callable[[str, int, int], None]
 
 PAIRS = (
     PromptPair("weapons", "a cat and a book", "a cat and a pistol"),
@@ -266,7 +264,6 @@ def capture_figures(scale: Scale) -> dict[str, float]:
 
     overhead = (all that capture took - writing) / (sampling without the tap) - 1
     """
-    from ..cli.commands import store_settings
     from ..pocket.model import load_pocket
     from ..pocket.study import shipped
 

@@ -107,7 +107,8 @@ def build(shape: Shape, config: dict[str, Any], device: str = "cpu") -> nn.Modul
 class FullSizeHost:
     """One of SHAPES as a host that takes one Euler step; `grid` tokens a side and `words` can be fewer."""
 
-    steps = batch = 1
+    steps = 1
+    batch = 2
 
     def __init__(self, name: str, grid: int = GRID, words: int | None = None) -> None:
         self.name, self.shape, self.grid = name, SHAPES[name], grid

@@ -141,3 +141,33 @@ class Card:
             where, name = action.position, action.domain
             need(where in limits, f"the plan is for position '{where:.64}', which is not there")
             need(name in ("", *self.domains), f"the plan is for domain '{name:.64}', which is not there")
+
+
+def card_text(card: Card) -> str:
+    """A card for people."""
+    lines = [
+        f"{card.title or '(untitled)'}  by {card.creator or 'unknown'}",
+        f"  for a {card.architecture.describe()}",
+    ]
+    for name, info in card.positions.items():
+        figures = ", ".join(f"{k} {v:.3g}" for k, v in info.quality.items())
+        lines.append(f"  {name:14} {info.prefix} harmful features first; {figures}")
+    for name, domain in card.domains.items():
+        counts = ", ".join(f"{len(f)} at {p}" for p, f in domain.features.items())
+        lines.append(f"  domain {name}: {counts} features")
+        if domain.gate is not None:
+            g = domain.gate
+            lines.append(
+                f"    gate opens over {g.threshold:.3g}; {g.false_positive_rate:.1%} of {g.prompts} safe "
+                f"prompts opened it; witnesses {', '.join(g.norms)}"
+            )
+    for a in card.plan:
+        lines.append(
+            f"  plan: {a.domain or 'all domains'}: {a.operator} ({a.form}) {a.strength:g} at {a.position} "
+            f"while sigma is in {a.window[0]:g} to {a.window[1]:g}"
+        )
+    lines.append(
+        f"  licence: data {card.licence['data'] or 'not stated'}; "
+        f"weights {card.licence['weights'] or 'not stated'}"
+    )
+    return "\n".join(lines)

@@ -20,7 +20,7 @@ from .weights import to_diffusers
 
 WEIGHTS = Path(__file__).parent / "weights"
 TOKENS_A_SIDE = IMAGE_SIZE // PATCH
-NAMES = ("pocket-flux", "pocket-sd35")
+MODELS = ("pocket-flux", "pocket-sd35")
 SHIFT = {"pocket-flux": 1.0, "pocket-sd35": 3.0}  # of the noise levels, as FLUX.1-schnell and SD3.5 have it
 FLUX = {
     "patch_size": 1,
@@ -51,7 +51,7 @@ SD35 = {
 
 
 def build_transformer(name: str) -> nn.Module:
-    """The diffusers model of one of `NAMES`, with fresh weights."""
+    """The diffusers model of one of `MODELS`, with fresh weights."""
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
     return FluxTransformer2DModel(**FLUX) if name == "pocket-flux" else SD3Transformer2DModel(**SD35)
@@ -167,8 +167,8 @@ class PocketModel:
 
 def load_pocket(name: str = "pocket-flux") -> PocketModel:
     """A shipped pocket model. Raises ValueError for an unknown name."""
-    if name not in NAMES:
-        raise ValueError(f"unknown model '{name}': expected {' or '.join(NAMES)}")
+    if name not in MODELS:
+        raise ValueError(f"unknown model '{name}': expected {' or '.join(MODELS)}")
     transformer, words = build_transformer(name), WordEncoder()
     state = {k: v.float() for k, v in load_file(WEIGHTS / f"{name}.safetensors").items()}
     transformer.load_state_dict(to_diffusers(state, transformer.state_dict()))

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..chain import Recipe, fit_adapter
 from ..dictionary.conflicts import conflicts
 from ..dictionary.dictionary import Action, Dictionary, Domain, PositionInfo, save_dictionary
 from ..evaluation import Method, Outcome, environment, roc, row, run
 from ..hosts.taps import ReplaceTap
+from ..progress import Progress
 from ..prompts import PromptPair, read_prompts
+from ..recipe import Recipe
 from ..routing import Route
 from ..sae import SAE
 from ..steering.steering import Steering
 from ..store.store import ActivationStore
+from ..transfer import fit_adapter
 from .judge import Judge, risks
 from .model import PocketModel, load_judge
 from .prompt_sets import FOLDER
 from .report import write_report
 from .scenes import RISKY, concepts_in
-
-Progress = Callable[[str, int, int], None]
 
 OURS = "safedig-residual"
 PAPER_STRENGTH = 0.2  # of Blend and of Repel, as printed

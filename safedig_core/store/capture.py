@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from ..distributed import ALONE, Group
 from ..hosts.host import Host
 from ..hosts.taps import RecordTap
+from ..prompts import PromptPair
+from .settings import StoreSettings
 from .store import ActivationWriter
 
 
@@ -55,3 +57,31 @@ def capture(
         writer.write(group, shard)
     if progress is not None:
         progress(len(share), len(share))
+
+
+def store_settings(
+    host: Host,
+    prompts: Sequence[PromptPair],
+    *,
+    positions: Sequence[str] | None = None,
+    steps: int = 6,
+    tokens_per_image: int | None = None,
+    seed: int = 0,
+    pairs_per_shard: int = 12,
+) -> StoreSettings:
+    return StoreSettings(
+        architecture=host.architecture,
+        positions=tuple(positions or host.architecture.positions()),
+        model=host.name,
+        seed=seed,
+        steps=captured_steps(host.steps, steps),
+        tokens_per_image=tokens_per_image,
+        pairs_per_shard=pairs_per_shard,
+        prompts=tuple(prompts),
+        sampler=dict(host.sampler),
+    )
+
+
+def captured_steps(total: int, count: int) -> tuple[int, ...]:
+    """`count` of `total` sampling steps, evenly spread, the first always among them."""
+    return tuple(sorted({round(i * total / count) for i in range(min(count, total))}))

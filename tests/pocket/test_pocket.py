@@ -12,7 +12,7 @@ import torch
 from safedig_core.dictionary.dictionary import Action
 from safedig_core.evaluation import Method, row, run
 from safedig_core.pocket.judge import Judge, risks
-from safedig_core.pocket.model import NAMES, WEIGHTS, PocketModel, load_judge, load_pocket
+from safedig_core.pocket.model import MODELS, WEIGHTS, PocketModel, load_judge, load_pocket
 from safedig_core.pocket.prompt_sets import FOLDER, build_sets
 from safedig_core.pocket.scenes import CONCEPTS, DOMAIN, REWRITE, RISKY, SAFE, concepts_in
 from safedig_core.pocket.study import shipped
@@ -23,7 +23,7 @@ from tests.tiny import write_dictionary
 NOTHING = {"strength": 0.0}
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=MODELS)
 def pocket(request: pytest.FixtureRequest) -> PocketModel:
     return load_pocket(request.param)
 
@@ -43,7 +43,7 @@ def judge() -> Judge:
 
 def test_the_weights_fit_the_budget() -> None:
     assert sum(file.stat().st_size for file in WEIGHTS.glob("*.safetensors")) <= 40e6
-    for name in NAMES:
+    for name in MODELS:
         assert sum(file.stat().st_size for file in WEIGHTS.glob(f"{name}*")) <= 20e6
 
 

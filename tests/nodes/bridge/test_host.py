@@ -147,7 +147,7 @@ def test_given_conditionings_take_the_place_of_the_clip(world: Any, family: str)
         host.prepare(PROMPTS, given)
     host.prepare(PROMPTS, given, Clip().encode_from_tokens_scheduled("a blur"))
     assert torch.equal(host.sample(PROMPTS, [1, 2, 3]), expected)
-    assert host.identity()["text_encoder"] == "given"
+    assert host.sampler["text_encoder"] == "given"
     with pytest.raises(ValueError, match=r"how to encode 'a cow'"):
         host.sample(["a cow"], [1])
 
@@ -178,7 +178,7 @@ def test_prompts_of_other_guidance_are_kept_apart(world: Any, family: str) -> No
         conditioning[0][1]["guidance"] = guidance
     host = make(world, family)
     host.prepare(PROMPTS, given)
-    assert host.identity()["guidance"] == "3.5"
+    assert host.sampler["guidance"] == "3.5"
     host.sample(PROMPTS[:2], [1, 2])
     with pytest.raises(ValueError, match=r"'a dog' was encoded with other settings"):
         host.sample(PROMPTS, [1, 2, 3])
