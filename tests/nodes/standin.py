@@ -246,8 +246,8 @@ class ModelPatcher:
 def _give_same_area(group: list[dict], cond: dict) -> None:
     """As ComfyUI does: what covers an area in one group gets a partner in the other, with the first one's
     uuid and the content of what is there."""
-    there = min(group, key=lambda c: "area" in c, default=None)
-    if there is not None and there.get("area") != cond["area"]:
+    if group and cond["area"] not in [c.get("area") for c in group]:
+        there = min(group, key=lambda c: "area" in c)
         group.append({**cond, "prompt": there["prompt"]})
 
 

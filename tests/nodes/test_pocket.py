@@ -108,12 +108,12 @@ def test_pictures_survive_the_autoencoder(pocket: Any) -> None:
 def test_captures_what_the_core_captures(pocket: Any) -> None:
     """From the same seeds, as far as 'simple' rounds the noise levels otherwise: by 0.0005 at most."""
     model, clip, _, core = pocket
-    nodes, Recorder = pack_module("nodes.bridge.host"), pack_module("safedig_core.store.capture").Recorder
+    nodes, RecordTap = pack_module("nodes.bridge.host"), pack_module("safedig_core.hosts.taps").RecordTap
     settings = nodes.SamplerSettings(core.steps, core.guidance, "euler", "simple", 128, 128)
     host, found = nodes.ComfyHost(model, clip, settings, batch=1), []
     for each in (host, core):
         every = {p: (lambda total: torch.arange(total).expand(2, -1)) for p in core.architecture.positions()}
-        tap = Recorder(every, (0, 5, 15))
+        tap = RecordTap(every, (0, 5, 15))
         latents = each.sample(PROMPTS, SEEDS, tap)
         found.append({p: a.float() for p, a in tap.activations.items()} | {"latents": latents[:, None]})
     ours, theirs = found
