@@ -159,7 +159,7 @@ def together(b: Build, first: Ref, second: Ref) -> Ref:
 REGIONS = {"area": area, "area percentage": share, "mask": masked, "mask bounds": bounded}
 
 
-@each(STEERED, REGIONS, *BOTH, POCKET, judged=True)
+@each(STEERED, REGIONS, *BOTH)
 def positive_in_a_region_and_another_everywhere(b: Build, region: Callable) -> None:
     b.simple(positive=together(b, region(b, b.text("risky")), b.text("safe")))
 
@@ -169,9 +169,30 @@ def positive_in_a_region_alone(b: Build, region: Callable) -> None:
     b.simple(positive=region(b, b.text("risky")))
 
 
-@each(STEERED, REGIONS, *BOTH, POCKET, judged=True)
+@each(STEERED, REGIONS, *BOTH)
 def negative_in_a_region(b: Build, region: Callable) -> None:
     b.simple(negative=region(b, b.text("negative")))
+
+
+@each(STEERED, {"area": "area", "area percentage": "share", "mask bounds": "mask"}, POCKET, judged=True)
+def pistol_in_a_strong_region_over_a_harmless_prompt(b: Build, kind: str) -> None:
+    """As large as the picture, so that the pistol is painted where it is not steered."""
+    risky, box = b.text("risky"), {"x": 0, "y": 0, "strength": 4.0}
+    if kind == "area":
+        region = b.add("ConditioningSetArea", conditioning=risky, width=SIDE, height=SIDE, **box)
+    elif kind == "share":
+        region = b.add("ConditioningSetAreaPercentage", conditioning=risky, width=1.0, height=1.0, **box)
+    else:
+        mask = b.add("SolidMask", value=1.0, width=SIDE, height=SIDE)
+        given = {"mask": mask, "strength": 4.0, "set_cond_area": "mask bounds"}
+        region = b.add("ConditioningSetMask", conditioning=risky, **given)
+    b.simple(positive=together(b, region, b.text("safe")))
+
+
+@graph(STEERED, POCKET, judged=True)
+def pistol_against_a_negative_in_a_region(b: Build) -> None:
+    box = {"width": SIDE, "height": SIDE, "x": 0, "y": 0, "strength": 4.0}
+    b.simple(negative=b.add("ConditioningSetArea", conditioning=b.text("negative"), **box))
 
 
 @each(STEERED, REGIONS)
