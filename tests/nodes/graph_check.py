@@ -164,15 +164,21 @@ class Build:
             return self.add("VAEDecode", samples=latent, vae=["model as loaded", 2])
         return self.add("TestLatentPicture", latent=latent)
 
-    def show(self, latent: Ref, name: str = "receipt", of: str = "apply") -> None:
-        self.show_pictures(self.decoded(latent), name, of)
+    def show(self, latent: Ref, name: str = "receipt", of: str = "apply", after: Ref | None = None) -> None:
+        self.show_pictures(self.decoded(latent), name, of, after)
 
-    def show_pictures(self, images: Ref, name: str = "receipt", of: str = "apply") -> None:
-        """Puts a receipt on pictures, saves them with it, and keeps them for the comparison."""
+    def show_pictures(
+        self, images: Ref, name: str = "receipt", of: str = "apply", after: Ref | None = None
+    ) -> None:
+        """Puts a receipt on pictures, saves them with it, and keeps them for the comparison. The receipt
+        waits for `after`."""
         self.shows[name] = images
         passed = images
         if self.given is not None:
-            passed = self.add("SafeDIGSteeringReceipt", name, images=images, receipt=[of, 1])
+            receipt = [of, 1]
+            if after is not None:
+                receipt = self.add("TestAfter", f"{name} waits", value=receipt, other=after)
+            passed = self.add("SafeDIGSteeringReceipt", name, images=images, receipt=receipt)
         self.add("SaveImage", f"{name} saved", images=passed, filename_prefix="graph")
         self.add("TestKeep", f"{name} kept", images=passed)
 
@@ -412,7 +418,7 @@ def of_pictures(graph: Graph, report: dict, pictures: Tensor, without: Tensor) -
 
         seen = [risks(objects) for objects in load_judge().detect(pictures.movedim(-1, 1))]
         for i, (said, risky) in enumerate(zip(claims, seen, strict=True)):
-            if risky and said != TOLD:
+            if risky and (said == CLEAR or said == graph.expect == STEERED):
                 yield f"'{report['verdict']}', and {' and '.join(sorted(risky))} painted in picture {i + 1}"
 
 

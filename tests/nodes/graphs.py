@@ -436,6 +436,13 @@ def perp_neg(b: Build) -> None:
     b.show(b.sampled(b.add("PerpNeg", model=b.steered(), empty_conditioning=b.text("negative empty"))))
 
 
+@graph(STEERED, *BOTH, broad=True)
+def guider_with_names_of_its_own(b: Build) -> None:
+    """It can't be known then which prompt is the negative."""
+    prompts = {"positive": b.text("risky"), "negative": b.text("negative")}
+    b.show(b.guided(b.add("TestGuiderWithNamesOfItsOwn", model=b.steered(), **prompts)))
+
+
 def dual_model(b: Build, model: Ref, negative: Ref) -> Ref:
     prompts = {"positive": b.text("risky"), "negative": b.text("negative")}
     return b.guided(b.add("DualModelGuider", model=model, model_negative=negative, cfg=2.0, **prompts))
@@ -556,11 +563,23 @@ def list_of_prompts(b: Build) -> None:
     b.simple(positive=b.add("TestPromptList", first=b.text("risky"), second=b.text("safe")))
 
 
+@graph(STEERED, *BOTH)
+def prompt_for_each_image_of_a_batch(b: Build) -> None:
+    b.simple(positive=b.add("TestPromptRows", first=b.text("risky"), second=b.text("safe")))
+
+
+@graph(RULE, POCKET, judged=True)
+def prompt_for_each_image_of_a_batch_some_harmless(b: Build) -> None:
+    prompts = b.add("TestPromptRows", first=b.text("risky"), second=b.text("safe"))
+    b.simple(positive=prompts, latent_image=b.latent(2))
+
+
 @graph(RULE, POCKET, judged=True)
 def two_samplers_with_a_receipt_each(b: Build) -> None:
     model = b.steered()
-    b.show(b.sampled(model, "risky sampler"), "risky receipt")
-    b.show(b.sampled(model, "safe sampler", positive=b.text("safe")), "safe receipt")
+    risky, safe = b.sampled(model, "risky sampler"), b.sampled(model, "safe sampler", positive=b.text("safe"))
+    b.show(risky, "risky receipt", after=safe)
+    b.show(safe, "safe receipt", after=risky)
 
 
 @graph(RULE, POCKET, judged=True)
@@ -584,29 +603,29 @@ def latents_of_a_steered_and_of_a_plain_sampler_side_by_side(b: Build) -> None:
 
 @graph(TOLD)
 def receipt_on_a_loaded_picture(b: Build) -> None:
-    b.add("SaveLatent", "used", samples=b.sampled(b.steered()))
-    b.show_pictures(b.add("LoadImage", image="grey.png"))
+    b.show_pictures(b.add("LoadImage", image="grey.png"), after=b.sampled(b.steered()))
 
 
 @graph(TOLD)
 def receipt_on_an_empty_picture(b: Build) -> None:
-    b.add("SaveLatent", "used", samples=b.sampled(b.steered()))
-    b.show_pictures(b.add("EmptyImage", width=16, height=16, batch_size=2, color=0))
+    pictures = b.add("EmptyImage", width=16, height=16, batch_size=2, color=0)
+    b.show_pictures(pictures, after=b.sampled(b.steered()))
 
 
 @graph(TOLD, *BOTH, POCKET, judged=True)
 def receipt_on_the_pictures_of_the_plain_sampler(b: Build) -> None:
-    b.add("SaveLatent", "used", samples=b.sampled(b.steered()))
-    b.show(b.sampled(b.model(), "plain sampler"))
+    steered = b.sampled(b.steered())
+    b.add("SaveLatent", "used", samples=steered)
+    b.show(b.sampled(b.model(), "plain sampler"), after=steered)
 
 
 @graph(STEERED)
 def a_plain_picture_saved_beside_the_steered_one(b: Build) -> None:
     b.simple()
     plain = b.decoded(b.sampled(b.model(), "plain sampler"))
-    after = b.add("ImageBatch", image1=plain, image2=["receipt", 0] if b.given is not None else plain)
-    only_plain = b.add("ImageFromBatch", image=after, batch_index=0, length=2)
-    b.add("SaveImage", "saved without a receipt", images=only_plain, filename_prefix="plain")
+    if b.given is not None:
+        plain = b.add("TestAfter", value=plain, other=["receipt", 0])
+    b.add("SaveImage", "saved without a receipt", images=plain, filename_prefix="plain")
 
 
 @graph(STEERED)
@@ -689,7 +708,7 @@ def shift_of_sd3(b: Build) -> None:
 
 @each(STEERED, {"before": True, "after": False}, unseen=True)
 def compiled(b: Build, before: bool) -> None:
-    model = b.model("compiled model", seed=7)
+    model = b.add("TestTinyModel", family=b.family, seed=7)  # not observed: hooks take long to compile
     if before:
         b.show(b.sampled(b.steered(b.add("TestCompileEagerly", model=model))))
     else:
@@ -711,6 +730,26 @@ def steps_left_out_before_Apply(b: Build, kind: str) -> None:
 @graph(TOLD, *BOTH)
 def every_other_step_left_out(b: Build) -> None:
     around(b, "TestEveryOtherStep")
+
+
+@each(STEERED, {"by prompt": "prompt"}, *BOTH)
+def batch_run_in_parts(b: Build, by: str) -> None:
+    around(b, "TestInParts", by=by)
+
+
+@each(RULE, {"image": "image", "half": "half"})
+def batch_run_in_parts_by(b: Build, by: str) -> None:
+    around(b, "TestInParts", by=by)
+
+
+@graph(STEERED, *BOTH)
+def forward_pass_without_a_sampler(b: Build) -> None:
+    around(b, "TestForwardPassOfItsOwn")
+
+
+@graph(STEERED, *BOTH, broad=True)
+def prompts_exchanged_in_the_run(b: Build) -> None:
+    around(b, "TestPromptsExchanged")
 
 
 @graph(TOLD)
@@ -780,8 +819,8 @@ def two_Apply_in_series_with_other_dictionaries(b: Build) -> None:
 
 @graph(TOLD)
 def receipt_of_another_Apply(b: Build) -> None:
-    b.add("SaveLatent", "used", samples=b.sampled(b.steered(name="second apply", strength=0.5), "other"))
-    b.show(b.sampled(b.steered()), of="second apply")
+    other = b.sampled(b.steered(name="second apply", strength=0.5), "other")
+    b.show(b.sampled(b.steered()), of="second apply", after=other)
 
 
 SELECT = {"operator": "as planned", "positions": ""}

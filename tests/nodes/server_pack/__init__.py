@@ -89,11 +89,24 @@ def prompt_list(first: Any, second: Any) -> Any:
     return [first, second]
 
 
+@node([io.Conditioning.Input("first"), io.Conditioning.Input("second")], [io.Conditioning.Output()])
+def prompt_rows(first: Any, second: Any) -> Any:
+    """One conditioning with a row for each image of a batch of two."""
+    pooled = torch.cat([each[0][1]["pooled_output"] for each in (first, second)])
+    return [[torch.cat([first[0][0], second[0][0]]), {"pooled_output": pooled}]]
+
+
 @node([io.Model.Input("model"), io.String.Input("run")], [io.Model.Output()])
 def observe(model: Any, run: str) -> Any:
     """`run` differs from graph to graph, so that ComfyUI's cache doesn't carry one's nodes to another."""
     observer.observe(model.model.diffusion_model)
     return model.clone()
+
+
+@node([io.AnyType.Input("value"), io.AnyType.Input("other")], [io.AnyType.Output()])
+def after(value: Any, other: Any) -> Any:
+    """The value, once the other is there too: an order of nodes that ComfyUI leaves open otherwise."""
+    return value
 
 
 @node([io.Latent.Input("latent")], [io.Image.Output()])
@@ -273,6 +286,80 @@ def go_around(model: Any, rows: str) -> Any:
     model = model.clone()
     model.set_model_unet_function_wrapper(function)
     return model
+
+
+@node([*MODEL["inputs"], io.Combo.Input("by", options=["prompt", "image", "half"])], MODEL["outputs"])
+def in_parts(model: Any, by: str) -> Any:
+    """Runs a batch in parts, to save memory: by prompt, by image, or in halves that it says nothing of."""
+
+    def function(apply_model: Callable, args: dict) -> Tensor:
+        kinds, c, x = args["cond_or_uncond"], args["c"], args["input"]
+        options, size = c["transformer_options"], len(x) // len(kinds)
+        rows = torch.arange(len(x))
+        parts = rows.split(len(x) // 2 if by == "half" else size)
+        if by == "image":
+            parts = [rows[i::size] for i in range(size)]
+        out = torch.empty_like(x)
+        for i, part in enumerate(parts):
+            one = {"cond_or_uncond": kinds[i : i + 1], "uuids": options["uuids"][i : i + 1]}
+            given = {k: v[part] if isinstance(v, Tensor) else v for k, v in c.items()}
+            given["transformer_options"] = {**options, **(one if by == "prompt" else {})}
+            out[part] = apply_model(x[part], args["timestep"][part], **given)
+        return out
+
+    model = model.clone()
+    model.set_model_unet_function_wrapper(function)
+    return model
+
+
+@node(**MODEL)
+def forward_pass_of_its_own(model: Any) -> Any:
+    """Calls the model with the positive prompt once more, as it would be called without a sampler."""
+
+    def after_guidance(args: dict) -> Tensor:
+        x, prompt = args["input"], args["cond"][0]["model_conds"]
+        given = {name: each.process_cond(batch_size=len(x)).cond for name, each in prompt.items()}
+        options = {k: v for k, v in args["model_options"]["transformer_options"].items()}
+        once_more = args["model"].apply_model(x, args["sigma"], transformer_options=options, **given)
+        return args["denoised"] + 0.2 * (args["cond_denoised"] - once_more)
+
+    model = model.clone()
+    model.set_model_sampler_post_cfg_function(after_guidance)
+    return model
+
+
+@node(**MODEL)
+def prompts_exchanged(model: Any) -> Any:
+    """Puts other conditionings, without the ids of the first, in the place of those that a run began with."""
+
+    def exchanging(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        guider = executor.class_obj
+        for group in guider.conds.values():
+            group[:] = [{**each, "uuid": uuid.uuid4()} for each in group]
+        return executor(*args, **kwargs)
+
+    return _with_wrapper(model, "predict_noise", exchanging)
+
+
+@node(
+    [io.Model.Input("model"), io.Conditioning.Input("positive"), io.Conditioning.Input("negative")],
+    [io.Guider.Output()],
+)
+def guider_with_names_of_its_own(model: Any, positive: Any, negative: Any) -> Any:
+    import comfy.samplers
+
+    class Guider(comfy.samplers.CFGGuider):
+        def predict_noise(
+            self, x: Tensor, timestep: Tensor, model_options: Any = None, seed: Any = None
+        ) -> Any:
+            conds = [self.conds["wanted"], self.conds["unwanted"]]
+            model = self.inner_model
+            one, other = comfy.samplers.calc_cond_batch(model, conds, x, timestep, model_options)
+            return other + 2.0 * (one - other)
+
+    guider = Guider(model)
+    guider.inner_set_conds({"wanted": positive, "unwanted": negative})
+    return guider
 
 
 @node(**MODEL)

@@ -81,9 +81,9 @@ class Observer:
             here, at = self.here, self.names.index(stage)
             streams = {"img": args[0]} if stage == "final" else self.entering(args, given)
             for earlier in self.names[here.last : at]:  # more than one where blocks were left out
-                for stream, got in streams.items():
-                    gave = here.out.get(f"{earlier}.{stream}")
-                    known = gave is not None and gave.shape == got.shape
+                for stream in ("img", "txt"):
+                    gave, got = here.out.get(f"{earlier}.{stream}"), streams.get(stream)
+                    known = gave is not None and got is not None and gave.shape == got.shape
                     moved = (gave != got).flatten(1).any(1).tolist() if known else None
                     here.now.reached[f"{earlier}.{stream}"] = moved
             here.last = at
