@@ -29,11 +29,11 @@ class World:
     def __init__(self, patch: pytest.MonkeyPatch):
         self._patch = patch
 
-    def model(self, family: str, dtype: torch.dtype = torch.float32) -> Any:
+    def model(self, family: str, dtype: torch.dtype = torch.float32, seed: int = 5) -> Any:
         """A tiny model of random weights, of the classes that a full-size one has."""
         import comfy.model_patcher
 
-        torch.manual_seed(5)
+        torch.manual_seed(seed)
         device = torch.device("cpu")
         model = (_flux if family == "flux" else _sd3)(dtype)
         for tensor in model.diffusion_model.state_dict().values():  # left as memory was, buffers too

@@ -97,9 +97,9 @@ class Server:
                 interrupt_when = None
             history = self.get(f"/history/{answer['prompt_id']}")
             if history:
-                return Result(history[answer["prompt_id"]])
+                return Result(answer["prompt_id"], history[answer["prompt_id"]])
             assert self.process.poll() is None, self.log.read_text()[-3000:]
-            time.sleep(0.2)
+            time.sleep(0.05)
         raise TimeoutError(self.log.read_text()[-3000:])
 
     def file(self, entry: dict) -> Path:
@@ -108,7 +108,8 @@ class Server:
 
 
 class Result:
-    def __init__(self, history: dict):
+    def __init__(self, prompt_id: str, history: dict):
+        self.prompt_id = prompt_id
         self.outputs: dict[str, dict] = history["outputs"]
         messages = dict(history["status"]["messages"])
         self.error: dict | None = messages.get("execution_error")
