@@ -124,17 +124,18 @@ def report_of(receipt: SteeringAttachment, found: Origin, pictures: list[str]) -
     from ..safedig_core.dictionary.conflicts import conflicts
     from .bridge.attachment import NotSteered
 
-    if found.unsteered and receipt.policy == "block":
+    plain = [*found.unsteered, *found.unsteered_before]
+    if plain and receipt.policy == "block":
         raise NotSteered(
-            f"{receipt.name}: this picture was not steered by it: {', '.join(found.unsteered)}. "
-            "Connect its model output to the sampler that makes the picture, or set the policy to 'warn'."
+            f"{receipt.name}: this picture was not steered by it: {', '.join(plain)}. Connect its model output "
+            "to every sampler that the picture comes from, or set the policy to 'warn'."
         )
     runs = [_run(record) for record in (*found.before, *found.runs)]
     problems = [problem for run in runs for problem in run["problems"]]
     each = [_domains(runs, i, len(pictures), found.in_order) for i in range(len(pictures))]
     if found.unsteered:
         verdict = "not steered"
-    elif problems:
+    elif problems or plain:
         verdict = "not steered as planned"
     else:
         told = {f"{d} {entry['status']}" for domains in each for d, entry in domains.items()}
@@ -143,7 +144,7 @@ def report_of(receipt: SteeringAttachment, found: Origin, pictures: list[str]) -
     report = {
         "format": FORMAT,
         "verdict": verdict,
-        "as_planned": not (found.unsteered or problems),
+        "as_planned": not (plain or problems),
         "policy": receipt.policy,
         "branch": receipt.branch,
         "strength": receipt.steering.strength,
@@ -217,7 +218,7 @@ def text_of(report: dict[str, Any]) -> str:
     """The receipt in words."""
     lines = [f"Verdict: {report['verdict']}", *(f"Note: {conflict}." for conflict in report["conflicts"])]
     lines += [f"NOT STEERED: {who}" for who in report["unsteered"]]
-    lines += [f"Note: {who} sampled before, without this steering." for who in report["unsteered_before"]]
+    lines += [f"NOT STEERED: {who}, whose picture went into this" for who in report["unsteered_before"]]
     if report["one_of_several"] and report["runs"]:
         lines.append("Note: which picture of the runs this is can't be told; what holds for any is shown.")
     for i, picture in enumerate(report["pictures"], 1):
