@@ -127,8 +127,8 @@ def report_of(receipt: SteeringAttachment, found: Origin, pictures: list[str]) -
     plain = [*found.unsteered, *found.unsteered_before]
     if plain and receipt.policy == "block":
         raise NotSteered(
-            f"{receipt.name}: this picture was not steered by it: {', '.join(plain)}. Connect its model output "
-            "to every sampler that the picture comes from, or set the policy to 'warn'."
+            f"{receipt.name}: this picture was not steered by it: {', '.join(plain)}. Connect its model "
+            "output to every sampler that the picture comes from, or set the policy to 'warn'."
         )
     runs = [_run(record) for record in (*found.before, *found.runs)]
     problems = [problem for run in runs for problem in run["problems"]]
