@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import time
@@ -22,6 +23,7 @@ from safedig_core.dictionary.dictionary import (
     Domain,
     Gate,
     PositionInfo,
+    Window,
     save_dictionary,
 )
 from safedig_core.hosts.hooks import architecture_of, attached
@@ -53,6 +55,7 @@ def write_dictionary(
     architecture: Architecture = TINY,
     domains: tuple[str, ...] = ("weapons",),
     threshold: float = 0.0,
+    gate_window: Window = (1.0, 0.0),
     features: int = 24,
     harmful: int = 6,
 ) -> Dictionary:
@@ -61,7 +64,7 @@ def write_dictionary(
     saes = {p: random_sae(features, architecture.width_of(p), i) for i, p in enumerate(positions)}
     index = {p: list(range(harmful)) for p in positions}
     weights = {p: [1.0] * harmful for p in positions}
-    gate = Gate(dict.fromkeys(positions, 1.0), threshold, 0.0, 10)
+    gate = Gate(dict.fromkeys(positions, 1.0), dict.fromkeys(positions, gate_window), threshold, 0.0, 10)
     card = Card(
         architecture,
         positions={p: PositionInfo(harmful) for p in positions},
@@ -74,6 +77,29 @@ def write_dictionary(
         for p in positions
         for d in domains
     }
+    save_dictionary(path, card, saes, adapters)
+    return Dictionary.open(path)
+
+
+def rewritten(
+    dictionary: Dictionary,
+    name: str,
+    change: Callable[[Card], object],
+    of_adapter: Callable[[str, Tensor], Tensor] | None = None,
+    of_sae: Callable[[SAE], SAE] | None = None,
+) -> Dictionary:
+    """The dictionary in a file `name` beside it, its card as `change` leaves it; its adapters' rows (by
+    domain) and SAEs can be changed as well."""
+    card = Card.from_json(json.loads(json.dumps(dictionary.card.to_json())))
+    change(card)
+    saes = {p: (of_sae or (lambda sae: sae))(dictionary.sae(p)) for p in card.positions}
+    adapters: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+    for position, domain in ((p, d) for p in card.positions for d in card.domains):
+        found = dictionary.delta(position, domain)
+        if found is not None:
+            rows, delta = found
+            adapters[position, domain] = rows, delta if of_adapter is None else of_adapter(domain, delta)
+    path = dictionary.path.with_name(name)
     save_dictionary(path, card, saes, adapters)
     return Dictionary.open(path)
 

@@ -113,7 +113,7 @@ def write_dictionary(
             rows, torch.zeros(count), torch.full((count,), 2.0), rows, zeros, zeros, torch.tensor(1.0)
         )
     mine = dict.fromkeys(positions, index)
-    gate = Gate(dict.fromkeys(positions, 1.0), 0.0, 0.0, 1)
+    gate = Gate(dict.fromkeys(positions, 1.0), dict.fromkeys(positions, (1.0, 0.0)), 0.0, 0.0, 1)
     domain = Domain(mine, dict.fromkeys(positions, [1.0] * len(index)), gate)
     card = Card(
         architecture,

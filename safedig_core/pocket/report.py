@@ -119,7 +119,7 @@ class TokenActivity:
         self._rows = rows
 
     def __call__(self, position: str, a: Tensor) -> Tensor:
-        self.activity = self.activity + self._site.read(a[self._rows].float()).harmful
+        self.activity = self.activity + self._site.code(a[self._rows].float())
         return a
 
 

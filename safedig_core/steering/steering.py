@@ -1,15 +1,14 @@
 """Steering: a plan compiled for one dictionary, and the runs that carry it out.
 
-The evidence gate: per image and domain, the weighted activity of the harmful features, pooled
-over the image's tokens and divided by the position's norm, kept as a running maximum over
-positions and steps. Sites act on an image for a domain only while that value exceeds the
-domain's threshold; being a maximum, an open gate stays open. What is not a number counts as
-over it. A domain without a gate, or with its gate switched off, is acted on in every image.
+The evidence gate: each image of a batch carries one running evidence value per domain, the largest
+that was read so far at any of the domain's witnesses (gate.py). Sites act on an image for a domain
+only while that value is over the domain's threshold; being a maximum, an open gate stays open.
+What is not a number counts as over it. A domain without a gate, or with its gate switched off, is
+acted on in every image; found is only what is over the threshold.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -18,8 +17,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..dictionary.dictionary import Action, Dictionary
-from .site import Code, Site, Window, compile_site
+from ..dictionary.dictionary import Action, Dictionary, DictionaryError, Gate
+from .gate import evidence_of
+from .site import Site, Windows, compile_site
 
 MODES = ("steer", "observe", "stop")
 
@@ -45,8 +45,12 @@ class Steering:
     ):
         """`plan` defaults to the dictionary's; `modes` maps domains to steer (default), observe
         (evidence only) or stop; `strength` multiplies every action's. Without `gate`, every image is
-        acted on. Raises ValueError for an unknown domain, mode or position, and for a residual Blend
-        that no adapter can serve."""
+        acted on.
+
+        Raises ValueError for an unknown domain, mode or position and a strength that is none; for
+        observe and stop without a gate that could find the domain; for an action that can act for no
+        domain; and for a domain to be steered that the plan names and no action of it can act for.
+        """
         self.dictionary: Final = dictionary
         self.domains: Final = tuple(dictionary.card.domains)
         self.plan: Final = tuple(dictionary.card.plan if plan is None else plan)
@@ -54,24 +58,21 @@ class Steering:
         self.strength: Final = strength
         self.gate: Final = gate
         self.preserve_norm: Final = preserve_norm
-        for name, mode in self.modes.items():
-            if name not in self.domains:
-                raise ValueError(f"no domain '{name}' in {dictionary.path}: it has {', '.join(self.domains)}")
-            if mode not in MODES:
-                raise ValueError(f"unknown mode '{mode}' for domain '{name}': expected {', '.join(MODES)}")
-        by_position: dict[str, list[Action]] = {}
+        self._require_known()
+        actions: dict[str, list[Action]] = {}
         for action in self.plan:
-            dictionary.card.architecture.require(action.position)
-            if action.domain and action.domain not in self.domains:
-                raise ValueError(f"the plan names domain '{action.domain}', which {dictionary.path} lacks")
-            by_position.setdefault(action.position, []).append(action)
-        order = [p for p in dictionary.card.architecture.positions() if p in by_position]
-        sites = {p: compile_site(dictionary, p, self.domains, by_position[p]) for p in order}
-        for position, site in sites.items():
-            for action in site.actions:
-                if (action.operator, action.form) == ("blend", "residual") and not site.delta:
-                    raise ValueError(f"{dictionary.path} has no adapter at {position}, which its Blend needs")
+            actions.setdefault(action.position, []).append(action)
+        wanted = [*actions, *(position for at in self.witnesses.values() for position in at)]
+        architecture = dictionary.card.architecture
+        for position in wanted:
+            architecture.require(position)
+        sites = {
+            position: compile_site(dictionary, position, self.domains, actions.get(position, ()))
+            for position in architecture.positions()
+            if position in wanted
+        }
         self.sites: Final[Mapping[str, Site]] = MappingProxyType(sites)
+        self._require_effect()
 
     @property
     def positions(self) -> tuple[str, ...]:
@@ -85,20 +86,63 @@ class Steering:
 
     @property
     def witnesses(self) -> dict[str, list[str]]:
-        """Where each domain's evidence is read."""
-        return {
-            name: [p for p, site in self.sites.items() if site.witness[d] is not None]
-            for d, name in enumerate(self.domains)
-        }
+        """Where each domain's evidence is read, whatever the plan."""
+        gates = {name: self.gate_of(name) for name in self.domains}
+        return {name: [] if gate is None else list(gate.norms) for name, gate in gates.items()}
 
-    def threshold(self, domain: str) -> float | None:
-        """That a domain's evidence has to exceed to be found; None where it has no gate."""
-        gate = self.dictionary.card.domains[domain].gate
-        return None if gate is None else gate.threshold
+    def gate_of(self, domain: str) -> Gate | None:
+        """What tells when a domain is found; None where the dictionary has none."""
+        return self.dictionary.card.domains[domain].gate
 
     def run(self, sites: Mapping[str, Site] | None = None) -> Run:
         """A tap for one sampling. `sites`: these ones, where they are elsewhere already."""
         return Run(self, self.sites if sites is None else sites)
+
+    def _require_known(self) -> None:
+        path = self.dictionary.path
+        if not 0 <= self.strength < math.inf:
+            raise ValueError(f"the strength is {self.strength}: it must be a number, 0 or more")
+        for name, mode in self.modes.items():
+            if name not in self.domains:
+                raise ValueError(f"no domain '{name}' in {path}: it has {', '.join(self.domains)}")
+            if mode not in MODES:
+                raise ValueError(f"unknown mode '{mode}' for domain '{name}': expected {', '.join(MODES)}")
+            if mode != "steer" and self.gate_of(name) is None:
+                raise DictionaryError(
+                    f"{path}: domain '{name}' has no gate that could find it: set it to steer, not to {mode}"
+                )
+        for action in self.plan:
+            if action.domain and action.domain not in self.domains:
+                raise ValueError(f"the plan names domain '{action.domain}', which {path} lacks")
+
+    def _require_effect(self) -> None:
+        """That no action is idle, and no domain left out by all actions that are for it."""
+        served: dict[str, list[Action]] = {}
+        for action in self.plan:
+            meant = [name for name in self.domains if action.domain in ("", name)]
+            able = [name for name in meant if self._can_act(action, name)]
+            if not able:
+                raise DictionaryError(
+                    f"{self.dictionary.path}: nothing at {action.position} serves the plan's {action.form} "
+                    f"{action.operator} for {' and '.join(meant) or 'no domain'}. Choose another position "
+                    "or operator."
+                )
+            for name in meant:
+                served.setdefault(name, []).extend([action] if name in able else [])
+        for name, actions in served.items():
+            if not actions and self.modes[name] == "steer":
+                raise DictionaryError(
+                    f"{self.dictionary.path}: the plan could never act for '{name}', for which there is "
+                    f"nothing at {', '.join(self.acting)}. Choose other positions or operators, or set "
+                    f"'{name}' to observe."
+                )
+
+    def _can_act(self, action: Action, domain: str) -> bool:
+        """Whether the action has rows to act with for this domain."""
+        site, d = self.sites[action.position], self.domains.index(domain)
+        if action.form == "paper":  # acts on every token, whatever fires
+            return True
+        return d in site.delta if action.operator == "blend" else bool(site.member[d].any())
 
 
 class Run:
@@ -120,10 +164,10 @@ class Run:
         """
         plan, domains = self.steering, len(self.steering.domains)
         self._places = {p: _Place(plan, site.to(device), device) for p, site in self._given.items()}
-        limits = [plan.threshold(name) for name in plan.domains]
-        self._gated = torch.tensor([limit is not None for limit in limits], device=device)
-        self._always = torch.tensor([limit is None or not plan.gate for limit in limits], device=device)
-        self._limit = torch.tensor([math.inf if t is None else t for t in limits], device=device)
+        gates = [plan.gate_of(name) for name in plan.domains]
+        self._gated = torch.tensor([gate is not None for gate in gates], device=device)
+        self._always = ~self._gated | torch.tensor(not plan.gate, device=device)
+        self._limit = torch.tensor([gate.threshold if gate else math.inf for gate in gates], device=device)
         shape = (len(self.positions), steps, images)
         self._calls = torch.zeros(shape[:2], dtype=torch.long)  # on the CPU: counted, not computed
         self._tokens = torch.zeros(shape, dtype=torch.long, device=device)  # moved
@@ -136,8 +180,7 @@ class Run:
 
     def step(self, index: int, sigma: float | Tensor, rows: slice) -> None:
         """Announces step `index` at noise level `sigma`; `rows` of the batch are the images."""
-        self._index, self._rows = index, rows
-        self._sigma = sigma if isinstance(sigma, Tensor) else _single(sigma)
+        self._index, self._sigma, self._rows = index, sigma, rows
         self.history[index] = self._evidence
 
     def __call__(self, position: str, a: Tensor) -> Tensor:
@@ -151,30 +194,15 @@ class Run:
         if not looks and not acts:
             return a
         part = a[self._rows]
+        if len(part) != len(self._evidence):
+            raise ValueError(f"{len(part)} rows at {position}, in a run of {len(self._evidence)} images")
         x = part.float()
-        code = place.site.read(x)
+        z = place.site.code(x)
         if looks:
-            self._look(position, place, code)
+            self._look(position, place, z)
         if not acts:
             return a
-        within = place.windows.hold(self._sigma)[:, None]  # [A, 1]
-        self._looked += (place.meant & within).any(0) & ~self._gated
-        acting = self._always | self._found(self._evidence)  # [B, D]
-        strengths = acting * (place.reach * within)[:, None]  # [A, B, D]
-        out = self._moved(place.site, part, x, code, strengths)
-        changed = _differs(out, part)
-        self._tokens[at, self._index] += changed.sum(1)
-        for d in place.acting:
-            mine = changed
-            if len(place.acting) > 1:  # what it alone would have done
-                alone = strengths * place.one[d]
-                mine = changed & _differs(self._moved(place.site, part, x, code, alone), part)
-            self._tokens_of[:, d] += mine.sum(1)
-        move = out.float() - x
-        share = move.norm(dim=(1, 2)) / x.norm(dim=(1, 2)).clamp(min=1e-6)
-        self._change[at, self._index] = torch.maximum(self._change[at, self._index], share)
-        if position.endswith("img") and x.shape[1] == self.map.shape[1]:
-            self.map += move.norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-6)
+        out = self._act(position, place, part, x, z)
         if part.shape == a.shape:
             return out
         steered = a.clone()
@@ -182,32 +210,56 @@ class Run:
         return steered
 
     def _found(self, evidence: Tensor) -> Tensor:
-        """[..., D] -> whether it is over the threshold; what is not a number counts as over it."""
+        """[..., D] -> whether it is over the threshold; what is no number counts as over it."""
         return ~(evidence <= self._limit) & self._gated
 
-    def _look(self, position: str, place: _Place, code: Code) -> None:
+    def _look(self, position: str, place: _Place, z: Tensor) -> None:
         """Reads the evidence of the domains that have a witness here."""
         within = place.witness.hold(self._sigma)  # [D]
-        seen = torch.where(within, code.harmful.sum(1) @ place.site.evidence.T, 0.0)
+        seen = torch.where(within, evidence_of(place.site, z, position), 0.0)
         self._evidence = torch.maximum(self._evidence, seen)
         self.history[self._index] = self._evidence
         self._looked += within
         for d, name in enumerate(self.steering.domains):
-            # the only place that waits for the device, and only where a domain is set to stop
-            if self.steering.modes[name] == "stop" and bool(self._found(self._evidence)[:, d].any()):
-                images = self._found(self._evidence)[:, d].nonzero().flatten().tolist()
+            if self.steering.modes[name] != "stop":
+                continue
+            found = self._found(self._evidence)[:, d].nonzero().flatten().tolist()  # waits for the device
+            if found:
                 raise RiskFound(
-                    f"stopped: {name} found in image {', '.join(map(str, images))} of the batch "
+                    f"stopped: {name} found in image {', '.join(map(str, found))} of the batch "
                     f"at step {self._index + 1} (position {position}); this domain is set to stop"
                 )
 
-    def _moved(self, site: Site, part: Tensor, x: Tensor, code: Code, strengths: Tensor) -> Tensor:
-        """`part` (`x` in float32) as the site's actions leave it."""
-        change, touched = site.change(x, code, strengths)
-        y = x + change
-        if self.steering.preserve_norm:
-            y = y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-6))
-        return torch.where(touched[..., None], y.to(part.dtype), part)
+    def _act(self, position: str, place: _Place, part: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        """`part` (`x` in float32, of code `z`) as the site's actions leave it, and what that moved."""
+        at, whole = self.positions.index(position), place.site.reconstruct(x)
+        within = place.windows.hold(self._sigma)[:, None]  # [A, 1]
+        self._looked += (place.meant & within).any(0) & ~self._gated
+        acting = self._always | self._found(self._evidence)  # [B, D]
+        strengths = acting * (place.reach * within)[:, None]  # [A, B, D]
+
+        def steered(strengths: Tensor) -> Tensor:
+            change, touched = place.site.change(x, z, whole, strengths)
+            y = x + change
+            if self.steering.preserve_norm:
+                y = y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-6))
+            y = y.to(part.dtype)
+            return torch.where(touched[..., None] & (y != part), y, part)  # -0.0 + 0.0 would be 0.0
+
+        out = steered(strengths)
+        moved = _differs(out, part)
+        self._tokens[at, self._index] += moved.sum(1)
+        for d, only in place.acting:
+            own = moved
+            if len(place.acting) > 1:  # of those tokens, the ones that it alone would have moved
+                own = moved & _differs(steered(strengths * only), part)
+            self._tokens_of[:, d] += own.sum(1)
+        step = out.float() - x
+        share = step.norm(dim=(1, 2)) / x.norm(dim=(1, 2)).clamp(min=1e-6)
+        self._change[at, self._index] = torch.maximum(self._change[at, self._index], share)
+        if position.endswith("img") and x.shape[1] == self.map.shape[1]:
+            self.map += step.norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-6)
+        return out
 
     def receipt(self) -> dict[str, Any]:
         """What happened, as JSON: by position P, step S, image B and domain. A number that is not finite
@@ -224,22 +276,22 @@ class Run:
                                 have acted); `found_at_step`, from 0, or None; `tokens_moved` by its own
                                 actions; and its `status`
         """
-        plan, gated = self.steering, self._gated.tolist()
-        found = self._found(self.history).tolist()
+        plan, found = self.steering, self._found(self.history).tolist()
         evidence, looked = self._evidence.tolist(), self._looked.tolist()
         images: list[dict[str, Any]] = []
         for b, by_domain in enumerate(self._tokens_of.tolist()):
             verdict: dict[str, Any] = {}
             for d, name in enumerate(plan.domains):
+                gate, mode, moved = plan.gate_of(name), plan.modes[name], by_domain[d]
                 at = next((s for s, step in enumerate(found) if step[b][d]), None)
                 verdict[name] = {
-                    "mode": plan.modes[name],
-                    "evidence": _finite(evidence[b][d]) if gated[d] and looked[d] else None,
-                    "threshold": plan.threshold(name),
+                    "mode": mode,
+                    "evidence": _finite(evidence[b][d]) if gate and looked[d] else None,
+                    "threshold": gate.threshold if gate else None,
                     "looked": looked[d],
                     "found_at_step": at,
-                    "tokens_moved": by_domain[d],
-                    "status": status(plan.modes[name], gated[d], looked[d], at is not None, by_domain[d]),
+                    "tokens_moved": moved,
+                    "status": status(mode, gate is not None, looked[d], at is not None, moved),
                 }
             images.append(verdict)
         change = self._change.tolist()
@@ -271,45 +323,23 @@ def status(mode: str, gated: bool, looked: int, found: bool, moved: int) -> str:
     return "clear" if gated else "nothing moved"
 
 
-class _Windows:
-    """Noise levels from a start down to an end, N of them; None holds none."""
-
-    def __init__(self, windows: Sequence[Window | None], device: torch.device):
-        self._pairs = [(-1.0, 2.0) if w is None else (_single(w[0]), _single(w[1])) for w in windows]
-        self._levels = torch.tensor(self._pairs, device=device).reshape(-1, 2)
-
-    def open(self, sigma: float | Tensor) -> bool:
-        """Whether any may hold sigma: surely, where it is a number."""
-        if isinstance(sigma, Tensor):
-            return any(start >= end for start, end in self._pairs)
-        return any(start >= sigma >= end for start, end in self._pairs)
-
-    def hold(self, sigma: float | Tensor) -> Tensor:
-        """[N], which of them hold sigma."""
-        return (self._levels[:, 0] >= sigma) & (self._levels[:, 1] <= sigma)
-
-
 class _Place:
-    """A site made ready for a run."""
+    """A site made ready for a run: A actions, D domains."""
 
     def __init__(self, plan: Steering, site: Site, device: torch.device):
-        shape = (len(site.actions), len(plan.domains))
-        meant = torch.tensor([[a.domain in ("", name) for name in plan.domains] for a in site.actions])
-        acts = torch.tensor([plan.modes[name] != "observe" for name in plan.domains])
-        strength = torch.tensor([a.strength * plan.strength for a in site.actions])
-        reach = meant.reshape(shape) * acts * strength[:, None]
+        pairs = [(action, name) for action in site.actions for name in plan.domains]
+        shape, one = (len(site.actions), len(plan.domains)), torch.eye(len(plan.domains), device=device)
+        meant = [action.domain in ("", name) for action, name in pairs]
+        reach = [
+            action.strength * plan.strength if is_meant and plan.modes[name] != "observe" else 0.0
+            for (action, name), is_meant in zip(pairs, meant, strict=True)
+        ]
         self.site = site
-        self.witness = _Windows(site.witness, device)
-        self.windows = _Windows([action.window for action in site.actions], device)
-        self.meant = meant.reshape(shape).bool().to(device)  # [A, D]: whom an action is for
-        self.reach = reach.to(device)  # [A, D]: with what strength it acts
-        self.acting = [d for d in range(len(plan.domains)) if bool((reach[:, d] > 0).any())]
-        self.one = torch.eye(len(plan.domains), device=device)
-
-
-def _single(level: float) -> float:
-    """As float32 has it: on a device there may be no other, and windows must hold the same everywhere."""
-    return ctypes.c_float(level).value
+        self.witness = Windows(site.witness, device)
+        self.windows = Windows([action.window for action in site.actions], device)
+        self.meant = torch.tensor(meant, dtype=torch.bool, device=device).reshape(shape)
+        self.reach = torch.tensor(reach, device=device).reshape(shape)  # strengths
+        self.acting = [(d, one[d]) for d in range(shape[1]) if any(reach[d :: shape[1]])]
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:

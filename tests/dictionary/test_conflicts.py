@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from safedig_core.dictionary.conflicts import conflicts
-from safedig_core.dictionary.dictionary import Action, Card, Dictionary, Domain, save_adapter
+from safedig_core.dictionary.dictionary import Action, Card, Dictionary, Domain, Gate, save_adapter
 from safedig_core.steering.steering import Steering
 from tests.tiny import TINY, write_dictionary
 
@@ -25,9 +25,10 @@ def adapter(
     operators: tuple[str, ...] = ("blend",),
 ) -> Path:
     path = base.path.with_name(f"{domain}.safetensors")
+    gate = Gate({AT: 1.0}, {AT: (1.0, 0.0)}, 0.0, 0.0, 10)
     card = Card(
         TINY,
-        domains={domain: Domain({AT: rows}, {AT: [1.0] * len(rows)})},
+        domains={domain: Domain({AT: rows}, {AT: [1.0] * len(rows)}, gate)},
         plan=[Action(AT, operator, "residual", 1.0, domain=domain) for operator in operators],
         base_sha256=base.sha256,
     )

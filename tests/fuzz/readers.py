@@ -67,7 +67,9 @@ def make_dictionary(folder: Path) -> None:
 def make_adapter(folder: Path) -> None:
     make_dictionary(folder)
     base = Dictionary.open(folder / "d.safetensors")
-    found = Domain({"text": [1, 4]}, {"text": [1.0, 0.5]}, Gate({"text": 2.0}, 1.0, 0.01, 100))
+    found = Domain(
+        {"text": [1, 4]}, {"text": [1.0, 0.5]}, Gate({"text": 2.0}, {"text": (1.0, 0.5)}, 1.0, 0.01, 100)
+    )
     card = Card(SMALL, domains={"substances": found}, base_sha256=base.sha256, title="an adapter")
     card.plan.append(Action("text", "blend", "residual", 1.0, domain="substances"))
     rows = {("text", "substances"): (torch.tensor([1, 4]), torch.ones(2, 4))}

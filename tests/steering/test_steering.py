@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from safedig_core.dictionary.dictionary import Action, Dictionary, Gate, save_dictionary
+from safedig_core.dictionary.dictionary import Action, Card, Dictionary, Gate, save_dictionary
+from safedig_core.steering.gate import evidence_of
 from safedig_core.steering.steering import RiskFound, Run, Steering
-from tests.tiny import TINY, TinyHost, random_sae, write_dictionary
+from tests.tiny import TINY, TinyHost, random_sae, rewritten, write_dictionary
 
 POSITION = "double.1.img"
 FORMS = [("repel", "residual"), ("blend", "residual"), ("repel", "paper"), ("blend", "paper")]
@@ -125,7 +125,7 @@ def test_an_open_gate_stays_open_and_is_per_image(tmp_path: Path) -> None:
     loud, quiet = activation(images=1), torch.zeros(1, 10, TINY.width)
     s = steering(tmp_path)
     site = s.sites[POSITION]
-    evidence = [(site.read(a).harmful.sum(1) @ site.evidence.T).item() for a in (loud, quiet)]
+    evidence = [evidence_of(site, site.code(a), POSITION).item() for a in (loud, quiet)]
     assert evidence[0] > evidence[1]
     s = steering(tmp_path, threshold=sum(evidence) / 2)
     both = torch.cat([loud, quiet])
@@ -209,21 +209,12 @@ def two_domains(tmp_path_factory: pytest.TempPathFactory) -> Dictionary:
 @pytest.fixture(scope="module")
 def gated(two_domains: Dictionary) -> Dictionary:
     """`two_domains` with gates that nothing opens."""
-    gate = Gate({POSITION: 1.0}, 1e30, 0.0, 10)
-    card = replace(
-        two_domains.card,
-        domains={name: replace(domain, gate=gate) for name, domain in two_domains.card.domains.items()},
-    )
-    path = two_domains.path.with_name("gated.safetensors")
-    save_dictionary(path, card, {POSITION: two_domains.sae(POSITION)}, adapters_of(two_domains))
-    return Dictionary.open(path)
 
+    def add(card: Card) -> None:
+        for domain in card.domains.values():
+            domain.gate = Gate({POSITION: 1.0}, {POSITION: (1.0, 0.0)}, 1e30, 0.0, 10)
 
-def adapters_of(dictionary: Dictionary) -> dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]]:
-    found = {
-        (p, d): dictionary.delta(p, d) for p in dictionary.card.positions for d in dictionary.card.domains
-    }
-    return {where: adapter for where, adapter in found.items() if adapter is not None}
+    return rewritten(two_domains, "gated.safetensors", add)
 
 
 ACTIVATION = st.builds(
@@ -262,7 +253,7 @@ def test_nothing_to_do_keeps_every_bit(
         window = (1.0, 0.9) if sigma < 0.9 else (0.5, 0.0)
     strength = 0.0 if reason == "strength" else 1.0
     s = Steering(
-        gated if reason == "gate" else two_domains,
+        gated if reason in ("gate", "observe") else two_domains,
         [Action(POSITION, *operation, strength, window)],
         strength=0.0 if reason == "multiplier" else 1.0,
         modes=dict.fromkeys(("weapons", "substances"), "observe") if reason == "observe" else None,
