@@ -133,7 +133,7 @@ def build(kind: Any, value: Any, what: str, depth: int = _DEPTH) -> Any:
 
     if outer is dict or is_dataclass(kind):
         need(type(value) is dict and len(value) <= MAX_ITEMS, f"{what:.60} is not an object of our size")
-        need(all(_is_text(key) for key in value), f"{what:.60} has a key that is too long or odd")
+        need(all(is_text(key) for key in value), f"{what:.60} has a key that is too long or odd")
         kinds = get_type_hints(kind) if is_dataclass(kind) else dict.fromkeys(value, inner[-1])
         for name in value.keys() - kinds.keys():
             raise ValueError(f"{what:.60} has an unexpected '{name:.60}'")
@@ -151,12 +151,13 @@ def build(kind: Any, value: Any, what: str, depth: int = _DEPTH) -> Any:
 
     fits = type(value) in _SCALARS[kind]
     if isinstance(value, str):
-        fits = fits and _is_text(value)
+        fits = fits and is_text(value)
     elif isinstance(value, (int, float)):
         fits = fits and (0 if kind is int else -1e30) <= value <= 1e30
     need(fits, f"{what:.60} is {value!r:.60}, which is not what belongs there")
     return float(value) if kind is float else value  # type: ignore
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
+    """Whether `value` may stand in a file of ours: not too long, and nothing that hides or turns text."""
     return len(value) <= MAX_TEXT and TEXT.fullmatch(value) is not None
