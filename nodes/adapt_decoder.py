@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from . import sockets
-from .train_dictionary import calibration_inputs, credits_of, recipe_of
+from .train_dictionary import calibration_inputs, making_of
 
 
 class AdaptDecoder(io.ComfyNode):
@@ -46,24 +46,15 @@ class AdaptDecoder(io.ComfyNode):
     @classmethod
     def execute(cls, conditioning=None, **lists: list[Any]) -> io.NodeOutput:
         from ..safedig_core.dictionary.card import card_text
-        from .bridge.chain import adapt, domain_of
-        from .bridge.workspace import Progress
+        from .bridge.chain import domain_of
 
         given = {name: values[0] for name, values in lists.items()}
-        captured = given["activations"]
         domain = given["domain"].strip()
         if not domain:
             raise ValueError("Adapt Decoder names no domain: write the one to add.")
-        dictionary, estimate = adapt(
-            captured,
-            given["dictionary"],
-            domain_of(captured.store, domain),
-            domain_of(captured.store, given["source"]),
-            given["calibration"],
-            recipe_of(given),
-            credits_of(given),
-            Progress(),
-            conditioning,
-        )
+        making = making_of(given, conditioning)
+        store = making.captured.store
+        names = domain_of(store, domain), domain_of(store, given["source"])
+        dictionary = making.adapt(given["dictionary"], *names)
         report = card_text(dictionary.card)
-        return io.NodeOutput(dictionary, report, ui=ui.PreviewText(f"{estimate}\n{report}"))
+        return io.NodeOutput(dictionary, report, ui=ui.PreviewText(report))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -86,16 +85,17 @@ class CaptureActivations(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name: list[str], **others: object) -> str:
-        """Captures again when the folder has gone."""
-        import folder_paths
+        """Captures again when the folder has gone, or the model that it was made with."""
+        from .bridge.chain import losses
+        from .bridge.workspace import run_folder
 
-        path = Path(folder_paths.get_output_directory(), "safedig", str(name[0]), "activations", "store.json")
-        return str(path.exists())
+        return str(losses(run_folder(name[0])))
 
     @classmethod
     def execute(cls, conditioning=None, negative=None, **lists: list[Any]) -> io.NodeOutput:
         from ..safedig_core.positions import Position
-        from .bridge.chain import capture_into, names_in
+        from ..safedig_core.store.capture import store_settings
+        from .bridge.chain import capture_into, names_in, texts_of
         from .bridge.host import ComfyHost, SamplerSettings
         from .bridge.workspace import Progress, run_folder, size
 
@@ -103,7 +103,7 @@ class CaptureActivations(io.ComfyNode):
         positions = names_in(given["positions"])
         for position in positions:
             Position.parse(position)
-        settings = SamplerSettings(
+        sampler = SamplerSettings(
             given["steps"],
             given["cfg"],
             given["sampler"],
@@ -113,9 +113,14 @@ class CaptureActivations(io.ComfyNode):
             given["negative_prompt"],
         )
         clip = given.get("clip") if conditioning is None else None
-        host = ComfyHost(given["model"], clip, settings, batch=2 * given["pairs_per_shard"])
-        captured, estimate = capture_into(
-            run_folder(given["name"]),
+        host = ComfyHost(given["model"], clip, sampler, batch=2 * given["pairs_per_shard"])
+        texts = texts_of(given["prompts"])
+        host.prepare(
+            texts if conditioning is not None else texts[:1],
+            conditioning,
+            None if negative is None else negative[0],
+        )
+        settings = store_settings(
             host,
             given["prompts"],
             positions=positions,
@@ -123,10 +128,8 @@ class CaptureActivations(io.ComfyNode):
             tokens_per_image=given["tokens_per_image"] or None,
             seed=given["first_seed"],
             pairs_per_shard=given["pairs_per_shard"],
-            given=conditioning,
-            negative=None if negative is None else negative[0],
-            progress=Progress(),
         )
+        captured, estimate = capture_into(run_folder(given["name"]), host, settings, Progress())
         store = captured.store
         taken = sum(file.stat().st_size for file in store.folder.iterdir())
         report = (

@@ -53,25 +53,25 @@ class RoutePositions(io.ComfyNode):
     def execute(cls, activations, source: str, target: str, target_pairs: int, by_hand: str) -> io.NodeOutput:
         from ..safedig_core.dictionary.dictionary import Action
         from ..safedig_core.recipe import Recipe
-        from ..safedig_core.routing import chosen, route, route_table
+        from ..safedig_core.routing import chosen, route, route_table, scored
         from .bridge.chain import domain_of, names_in
         from .bridge.pictures import route_heatmap
 
         store = activations.store
         source = domain_of(store, source)
         routes = route(store, source, domain_of(store, target or source), target_pairs=target_pairs)
-        best: dict[str, Action] = {}
-        recipe = Recipe()
-        for found in routes:  # best first
-            strength = {"blend": recipe.blend, "repel": recipe.repel}[found.operator]
-            scores = {"score": found.score} | found.terms
-            action = Action(found.position, found.operator, "residual", strength, recipe.window, scores)
-            best.setdefault(found.position, action)
         names = names_in(by_hand) or chosen(routes, store.architecture)
         for name in names:
-            if name not in best:
+            if name not in store.positions:
                 raise ValueError(f"'{name[:60]}' was not captured, only {', '.join(store.positions)}.")
+        recipe = Recipe()
+        strengths = {"blend": recipe.blend, "repel": recipe.repel}
+        actions = [
+            Action(position, operator, "residual", strengths[operator], recipe.window, score)
+            for position, scores in scored(routes, names).items()
+            for operator, score in scores.items()
+        ]
         table = f"{route_table(routes)}\nchosen: {', '.join(names)}"
         picture = route_heatmap(routes, store.positions, names)
         shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(table).as_dict()
-        return io.NodeOutput([best[name] for name in names], table, picture, ui=shown)
+        return io.NodeOutput(actions, table, picture, ui=shown)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
 from . import sockets
+
+if TYPE_CHECKING:
+    from .bridge.chain import Making
 
 BLEND = "How far activations move toward their safe rewrite. 0: not at all."
 REPEL = "How much of what is risky is taken away. 0: nothing."
@@ -81,37 +84,27 @@ class TrainDictionary(io.ComfyNode):
     def execute(cls, conditioning=None, **lists: list[Any]) -> io.NodeOutput:
         from ..safedig_core.dictionary.card import card_text
         from ..safedig_core.training import TrainSettings
-        from .bridge.chain import domain_of, train
-        from .bridge.workspace import Progress
+        from .bridge.chain import domain_of
 
         given = {name: values[0] for name, values in lists.items()}
         names = {name: given[name] for name in ("kind", "features", "k", "steps", "batch")}
-        captured = given["activations"]
-        dictionary, estimate = train(
-            captured,
-            list(dict.fromkeys(action.position for action in given["positions"])),
-            domain_of(captured.store, given["source"]),
-            given["calibration"],
-            recipe_of(given, TrainSettings(**names, seed=given["training_seed"])),
-            credits_of(given),
-            Progress(),
-            conditioning,
-        )
+        making = making_of(given, conditioning, TrainSettings(**names, seed=given["training_seed"]))
+        source = domain_of(making.captured.store, given["source"])
+        dictionary, estimate = making.train(source, given["positions"])
         report = card_text(dictionary.card)
         return io.NodeOutput(dictionary, report, ui=ui.PreviewText(f"{estimate}\n{report}"))
 
 
-def recipe_of(given: dict[str, Any], settings: Any = None) -> Any:
-    """The Recipe of a node's widgets."""
-    from ..safedig_core.recipe import Recipe
+def making_of(given: dict[str, Any], conditioning: Any, settings: Any = None) -> Making:
+    """What the widgets say, with `settings` of the training where there is one."""
+    from ..safedig_core.recipe import Credits, Recipe
+    from .bridge.chain import Making
+    from .bridge.workspace import Progress
 
     recipe = {"blend": given["blend"], "repel": given["repel"], "window": (1.0, given["window_end"])}
-    return Recipe(**recipe) if settings is None else Recipe(**recipe, train=settings)
-
-
-def credits_of(given: dict[str, Any]) -> Any:
-    """The Credits of a node's widgets."""
-    from ..safedig_core.recipe import Credits
-
+    if settings is not None:
+        recipe["train"] = settings
     names = ("title", "creator", "data_licence", "weights_licence")
-    return Credits(**{name: given[name] for name in names})
+    credits = Credits(**{name: given[name] for name in names})
+    activations, calibration = given["activations"], given["calibration"]
+    return Making(activations, calibration, conditioning, Recipe(**recipe), credits, Progress())

@@ -1,65 +1,344 @@
-"""From a store to a dictionary, and from a dictionary to an adapter for one more domain.
+"""The order of steps from captured activations to a dictionary, and what they need.
 
-The store's pairs are split: three in four train the SAE and the adapters, every fourth chooses
-the harmful features. The gate is calibrated on prompts and noise of its own.
+The store's pairs are split: three in four train the SAEs and the adapters, every fourth chooses the harmful
+features. The gate is calibrated on prompts and noise of its own.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import __version__
 from .dictionary.dictionary import (
     Action,
     Card,
     Dictionary,
+    DictionaryError,
     Domain,
     PositionInfo,
+    read_card,
     save_adapter,
     save_dictionary,
 )
 from .distributed import ALONE, Group
 from .features import SELECT_EVERY, choose_features, split
+from .files import clear_parts, digest, need, replacing
 from .hosts.host import Host
 from .hosts.taps import ReplaceTap
-from .progress import Progress
-from .prompts import SAFE, PromptPair
-from .recipe import Recipe
+from .progress import Progress, nothing
+from .prompts import SAFE, PromptPair, fingerprint
+from .recipe import Credits, Recipe
+from .routing import Scores
 from .sae import SAE, quality
+from .seeds import of_recovery
 from .steering.gate import calibrate
-from .store.store import ActivationStore
-from .training import train_sae
+from .store.store import BUFFER, ActivationStore
+from .training import Curve, read_curve, train_sae
 from .transfer import fit_adapter
 
-RECOVERY_SEED = 3_000_000
-LEAST = SELECT_EVERY  # pairs of a domain, and purely safe prompts: else one of the splits is empty
+_OTHER_NAME = "choose another name, or have it overwritten (--overwrite)"
+LEAST = SELECT_EVERY + 1  # lines of a domain: with fewer, its features would be chosen on a single one
 
 
-def loss_recovered(
-    host: Host, store: ActivationStore, position: str, sae: SAE, indices: Sequence[int]
-) -> float:
-    """(L_mean - L_sae) / (L_mean - L): how much of the model's denoising loss survives where the
-    position's activation is replaced by its reconstruction, against its mean; on captured latents."""
-    latents = store.latents(indices).transpose(0, 1).flatten(0, 1)  # all unsafe, then all safe
-    average = store.tokens(position, indices).mean(0)
-    prompts = [store.prompts[i].unsafe or "" for i in indices] + [store.prompts[i].safe for i in indices]
-    seeds = [RECOVERY_SEED + i for i in range(len(prompts))]
+@dataclass(frozen=True)
+class Needs:
+    """What a training takes at most, in bytes."""
 
-    def loss(change: Callable[[Tensor], Tensor]) -> float:
-        tap = ReplaceTap([position], lambda _, a: change(a))
-        return sum(host.denoising_loss(prompts, latents, seeds, sigma, tap) for sigma in (0.9, 0.6, 0.3))
-
-    plain, mean = loss(lambda a: a), loss(lambda a: average.to(a.device).expand_as(a))
-    return (mean - loss(lambda a: sae.to(a.device).reconstruct(a))) / (mean - plain)
+    disk: int  # its checkpoints, and twice the file
+    memory: int  # weights, gradients, Adam's two moments, and the tokens that are shuffled
+    device: int  # of the device that trains, where that has memory of its own
 
 
-def _plan(domain: Domain, name: str, recipe: Recipe) -> list[Action]:
+@dataclass(frozen=True)
+class Chain:
+    """Makes dictionaries and adapters of one store.
+
+    Each way to one (`train`, `complete`, `adapt`) first checks all that can be checked, and only then loads
+    the model. What it writes stands at its path only when it is whole, gate included. Where the path has the
+    result of the same settings already, it is left as it is; where it has anything else, that is refused,
+    unless it may be overwritten.
+
+    Args:
+        host: hands over the model that the store was captured from, and may load it first.
+        calibration: prompts for the gate, none of them captured: of the domain, and purely safe ones.
+        processes: train together; the first does all the rest, while the others return.
+    """
+
+    host: Callable[[], Host]
+    store: ActivationStore
+    calibration: Sequence[PromptPair]
+    recipe: Recipe
+    credits: Credits
+    progress: Progress = nothing
+    processes: Group = ALONE
+
+    def require(self, path: Path, domain: str, positions: Collection[str] = (), source: str = "") -> None:
+        """Checks what everything that is made for `domain` needs; `source` is what an adapter replays.
+
+        Raises ValueError where the store or the calibration prompts lack lines or share some, where a
+        position was not captured, and where `path` can't be written.
+        """
+        require_name(path, overwrite=True)  # what is there may be the result of these very settings
+        found = Counter(pair.domain for pair in self.store.prompts)
+        need(domain != SAFE, "'safe' is no risk: name the domain of the pairs")
+        for name in dict.fromkeys((domain, source or domain, SAFE)):
+            what = "purely safe prompts" if name == SAFE else "pairs"
+            there = ", ".join(f"{count} of {other}" for other, count in found.items())
+            enough = found[name] >= LEAST
+            need(
+                enough,
+                f"Of '{name:.64}' at least {LEAST} {what} must have been captured. There are: {there}.",
+            )
+        for position in positions:
+            there = ", ".join(self.store.positions)
+            need(position in self.store.positions, f"{position:.64} was not captured, only {there}.")
+        for name in (domain, SAFE):
+            some = any(pair.domain == name for pair in self.calibration)
+            need(some, f"The calibration prompts have none of '{name}': the gate needs some.")
+        captured = {text for pair in self.store.prompts for text in pair.texts}
+        again = sum(not captured.isdisjoint(pair.texts) for pair in self.calibration)
+        need(
+            not again,
+            f"{again} of the {len(self.calibration)} calibration prompts were captured too: a gate that is "
+            "calibrated on what was trained on opens too late. Take a set of its own.",
+        )
+
+    def needs(self, positions: Collection[str]) -> Needs:
+        """What `train` takes for these positions, which are trained one after the other."""
+        s = self.recipe.train
+        widths = [self.store.architecture.width_of(position) for position in positions]
+        weights, widest = [8 * s.features * width for width in widths], max(widths, default=0)
+        state = 4 * max(weights, default=0)
+        batch = 4 * s.batch * (6 * s.features + 6 * widest)  # codes, reconstructions and their gradients
+        return Needs((3 + 2) * sum(weights), state + batch + 3 * 2 * BUFFER * widest, state + batch)
+
+    def identity(self, domain: str, *what: object) -> str:
+        """Stands for all that a file for `domain` depends on: 64 hex digits."""
+        return digest(
+            self.store.settings.to_json(),
+            fingerprint(self.calibration),
+            asdict(self.recipe),
+            asdict(self.credits),
+            __version__,
+            domain,
+            what,
+        )
+
+    def train(
+        self, path: Path, source: str, positions: Mapping[str, Scores], work: Path, overwrite: bool = False
+    ) -> dict[str, Curve]:
+        """A dictionary for `source`, with an SAE at each of `positions`. Returns their training curves.
+
+        Args:
+            positions: each with the routing scores of its operators, none where it was chosen by hand.
+            work: the folder for checkpoints, from which a killed run goes on.
+        """
+        self.require(path, source, positions)
+        identity, part = self.identity(source, list(positions)), work / self._training(source)
+        checkpoints = {position: part / f"{position}.ckpt.safetensors" for position in positions}
+        if self._is_made(path, identity, overwrite):
+            return {name: read_curve(file) for name, file in checkpoints.items() if file.exists()}
+        part.mkdir(parents=True, exist_ok=True)
+        first = self.processes.rank == 0
+        if first:
+            _require_disk(self.needs(positions).disk, work)
+            self._require_model()
+        saes: dict[str, SAE] = {}
+        curves: dict[str, Curve] = {}
+        for position in positions:
+            saes[position], curves[position] = self._train(position, source, checkpoints[position])
+        if first:
+            s = self.recipe.train
+            seen = {"tokens_seen": s.steps * s.batch, "made_from": identity}
+            self._complete(path, source, saes, positions, asdict(self.recipe) | seen)
+        return curves
+
+    def complete(
+        self,
+        path: Path,
+        source: str,
+        saes: Mapping[str, SAE],
+        origins: Mapping[str, Any],
+        overwrite: bool = False,
+    ) -> None:
+        """A dictionary for `source` from SAEs that were trained elsewhere, as `origins` say, by position."""
+        self.require(path, source, saes)
+        identity = self.identity(source, origins)
+        if self._is_made(path, identity, overwrite):
+            return
+        self._require_model()
+        training = asdict(self.recipe) | {"imported": dict(origins), "made_from": identity}
+        del training["train"]  # what trained them is not known
+        self._complete(path, source, saes, {}, training)
+
+    def adapt(
+        self, path: Path, dictionary: Dictionary, domain: str, source: str, overwrite: bool = False
+    ) -> None:
+        """An adapter of `dictionary` for `domain`, with replay of `source`: the encoder stays as it is, and
+        only the decoder's rows of the domain's features move."""
+        dictionary.check_fits(self.store.architecture)
+        card = dictionary.card
+        need(domain not in card.domains, f"{dictionary.path.name} already has domain '{domain}'")
+        self.require(path, domain, card.positions, source)
+        identity = self.identity(domain, dictionary.sha256, source)
+        if self._is_made(path, identity, overwrite):
+            return
+        self._require_model()
+        found = Domain({}, {}, None)
+        adapters: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        for done, position in enumerate(card.positions):
+            self.progress(f"adapt to {domain}", done, len(card.positions))
+            sae = dictionary.sae(position)
+            features, weights = choose_features(self.store, position, sae, domain, self.recipe)
+            found.features[position], found.weights[position] = features, weights
+            index = torch.tensor(features, dtype=torch.int64)
+            delta = fit_adapter(self.store, position, sae.rows(index), domain, source, self.recipe)
+            adapters[position, domain] = (index, delta)
+        scores: dict[str, Scores] = {}
+        for action in card.plan:
+            scores.setdefault(action.position, {})[action.operator] = action.score
+        pairs = len(split(self.store.indices(domain))[0])
+        training = asdict(self.recipe) | {"source": source, "pairs": pairs, "made_from": identity}
+        made = replace(self._card(domain, found, scores, training), base_sha256=dictionary.sha256)
+        self._write(path, made, lambda part: save_adapter(part, made, adapters), dictionary.with_adapters)
+
+    def _training(self, source: str) -> str:
+        """Stands for all that an SAE depends on."""
+        return digest(self.store.settings.to_json(), source, asdict(self.recipe.train), __version__)[:16]
+
+    def _train(self, position: str, source: str, checkpoint: Path) -> tuple[SAE, Curve]:
+        """On the source's pairs and purely safe prompts alone: the encoder belongs to the source domain."""
+        s, store = self.recipe.train, self.store
+        pairs = [pair for name in (source, SAFE) for pair in split(store.indices(name))[0]]
+
+        def batches(epoch: int) -> Iterator[Tensor]:
+            return store.batches(position, s.batch, s.seed + epoch, pairs=pairs)
+
+        def report(step: int, figures: dict[str, float]) -> None:
+            what = f"train {position}  fvu {figures['fvu']:.3f}  dead {figures['dead']:.2f}"
+            self.progress(what, step, s.steps)
+
+        return train_sae(batches, s, checkpoint=checkpoint, progress=report, group=self.processes)
+
+    def _complete(
+        self,
+        path: Path,
+        source: str,
+        saes: Mapping[str, SAE],
+        scores: Mapping[str, Scores],
+        training: dict[str, Any],
+    ) -> None:
+        """From SAEs to a dictionary: chooses the source domain's harmful features, adapts the decoder to its
+        safe rewrites, measures, calibrates and writes."""
+        store, held_out = self.store, split(self.store.indices(source))[1]
+        ordered: dict[str, SAE] = {}
+        infos: dict[str, PositionInfo] = {}
+        domain = Domain({}, {}, None)
+        adapters: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        for done, (position, sae) in enumerate(saes.items()):
+            self.progress("choose features and measure", done, len(saes))
+            features, weights = choose_features(store, position, sae, source, self.recipe)
+            rest = sorted(set(range(sae.features)) - set(features))
+            sae = sae.rows(torch.tensor(features + rest))  # harmful features first
+            measured = quality(sae, (store.tokens(position, [pair]) for pair in held_out))
+            measured["loss_recovered"] = loss_recovered(self._model, store, position, sae, held_out)
+            infos[position] = PositionInfo(len(features), measured)
+            index = list(range(len(features)))
+            ordered[position] = sae
+            domain.features[position], domain.weights[position] = index, weights
+            delta = fit_adapter(store, position, sae.rows(slice(0, len(index))), source, source, self.recipe)
+            adapters[position, source] = (torch.tensor(index, dtype=torch.int64), delta)
+        card = replace(self._card(source, domain, scores, training | {"source": source}), positions=infos)
+        self._write(path, card, lambda part: save_dictionary(part, card, ordered, adapters), Dictionary.open)
+
+    def _card(
+        self, name: str, domain: Domain, scores: Mapping[str, Scores], training: dict[str, Any]
+    ) -> Card:
+        return Card(
+            self.store.architecture,
+            domains={name: domain},
+            plan=_plan(domain, name, scores, self.recipe),
+            training=training,
+            licence=self.credits.licence,
+            creator=self.credits.creator,
+            title=self.credits.title or f"{name} for {self.store.settings.model}",
+            source_sha256=self.store.settings.prompts_sha256,
+        )
+
+    def _write(
+        self, path: Path, card: Card, save: Callable[[Path], None], opened: Callable[[Path], Dictionary]
+    ) -> None:
+        """Saves the card's file, calibrates the gate with it, and saves it again, gate included: only that is
+        ever at `path`. Without a gate a dictionary acts on every picture."""
+        (name,) = card.domains
+
+        def report(done: int, total: int) -> None:
+            self.progress(f"calibrate {name}", done, total)
+
+        clear_parts(path.parent, path.name)
+        with replacing(path) as part:
+            save(part)
+            rate = self.recipe.false_positive_rate
+            gate = calibrate(self._model, opened(part), name, self.calibration, rate, report)
+            card.domains[name] = replace(card.domains[name], gate=gate)
+            save(part)
+
+    def _is_made(self, path: Path, identity: str, overwrite: bool) -> bool:
+        """Whether `path` has the result already; the first process looks, for all. Raises ValueError where
+        it has something else that must stay."""
+        same = False
+        if self.processes.rank == 0 and os.path.lexists(path):
+            with suppress(DictionaryError):
+                same = read_card(path).training.get("made_from") == identity
+            if not (same or overwrite):
+                raise ValueError(f"{path} is there already, made with other settings: {_OTHER_NAME}")
+        made = self.processes.sum_(torch.tensor([float(same)])).item() > 0
+        if made:
+            self.progress(f"{path.name} is there already", 1, 1)
+        return made
+
+    def _require_model(self) -> None:
+        theirs, ours = self.store.architecture, self._model.architecture
+        need(
+            theirs == ours,
+            f"{self.store.folder} was captured from a {theirs.describe()}, and this model is a "
+            f"{ours.describe()}: take the one that it was captured from",
+        )
+
+    @cached_property
+    def _model(self) -> Host:
+        return self.host()
+
+
+def require_name(path: Path, overwrite: bool) -> None:
+    """Makes the folder of a dictionary that is to be written. Raises ValueError where it can't be."""
+    need(path.suffix == ".safetensors", f"{path}: the name of a dictionary ends in .safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    need(os.access(path.parent, os.W_OK), f"{path.parent} can't be written to: choose another folder")
+    need(overwrite or not os.path.lexists(path), f"{path} is there already: {_OTHER_NAME}")
+
+
+def _require_disk(needed: int, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    need(
+        needed <= free,
+        f"{folder}: checkpoints and dictionary take {needed / 1e9:.2f} GB and the disk has "
+        f"{free / 1e9:.2f} GB. Make room, or choose fewer positions or features.",
+    )
+
+
+def _plan(domain: Domain, name: str, scores: Mapping[str, Scores], recipe: Recipe) -> list[Action]:
     """Acts where the domain has harmful features. Raises ValueError where it has none at all: a dictionary
     that never acts must not be taken for one that found nothing.
 
@@ -79,7 +358,8 @@ def _plan(domain: Domain, name: str, recipe: Recipe) -> list[Action]:
             "residual",
             strength,
             recipe.window if position.endswith("img") else (1.0, 0.0),
-            domain=name,
+            dict(scores.get(position, {}).get(operator, {})),
+            name,
         )
         for position in positions
         for operator, strength in strengths.items()
@@ -87,199 +367,20 @@ def _plan(domain: Domain, name: str, recipe: Recipe) -> list[Action]:
     ]
 
 
-def _gated(
-    host: Host,
-    dictionary: Dictionary,
-    domain: str,
-    pairs: Sequence[PromptPair],
-    recipe: Recipe,
-    progress: Progress | None,
-) -> Domain:
-    """The domain with a gate for its plan."""
+def loss_recovered(
+    host: Host, store: ActivationStore, position: str, sae: SAE, indices: Sequence[int]
+) -> float:
+    """(L_mean - L_sae) / (L_mean - L): how much of the model's denoising loss survives where the
+    position's activation is replaced by its reconstruction, against its mean; on captured latents."""
+    latents = store.latents(indices).transpose(0, 1).flatten(0, 1)  # all unsafe, then all safe
+    prompts = [store.prompts[i].unsafe or "" for i in indices] + [store.prompts[i].safe for i in indices]
+    seeds = [of_recovery(i) for i in range(len(prompts))]
+    average = torch.stack([store.tokens(position, [pair]).mean(0) for pair in indices]).mean(0)
+    there, average_there = cache(sae.to), cache(average.to)  # uploaded once
 
-    def report(done: int, total: int) -> None:
-        if progress is not None:
-            progress(f"calibrate {domain}", done, total)
+    def loss(change: Callable[[Tensor], Tensor]) -> float:
+        tap = ReplaceTap([position], lambda _, a: change(a))
+        return sum(host.denoising_loss(prompts, latents, seeds, sigma, tap) for sigma in (0.9, 0.6, 0.3))
 
-    gate = calibrate(host, dictionary, domain, pairs, recipe.false_positive_rate, report)
-    return replace(dictionary.card.domains[domain], gate=gate)
-
-
-def build_dictionary(
-    path: Path,
-    host: Host,
-    store: ActivationStore,
-    positions: Sequence[str],
-    source: str,
-    pairs: Sequence[PromptPair],
-    recipe: Recipe,
-    *,
-    title: str,
-    creator: str,
-    licence: dict[str, str],
-    checkpoints: Path | None = None,
-    progress: Progress | None = None,
-    batch: int = 32,
-    processes: Group = ALONE,
-) -> dict[str, list[dict[str, float]]]:
-    """Trains one SAE per position on the source domain and completes them to a dictionary in
-    `path`. Returns the training curves by position.
-
-    Several `processes` train together; the first does the rest alone, while the others return."""
-    training = [
-        p for name in (source, "safe") for p in split(store.indices(name))[0]
-    ]  # target pairs are never seen here: the encoder belongs to the source domain
-    saes: dict[str, SAE] = {}
-    curves: dict[str, list[dict[str, float]]] = {}
-    for position in positions:
-
-        def batches(epoch: int, position: str = position):
-            return store.batches(position, recipe.train.batch, recipe.train.seed + epoch, pairs=training)
-
-        def report(step: int, figures: dict[str, float], position: str = position) -> None:
-            if progress is not None:
-                what = f"train {position}  fvu {figures['fvu']:.3f}  dead {figures['dead']:.2f}"
-                progress(what, step, recipe.train.steps)
-
-        checkpoint = checkpoints / f"{position}.ckpt.safetensors" if checkpoints else None
-        saes[position], curves[position] = train_sae(
-            batches, recipe.train, checkpoint=checkpoint, progress=report, group=processes
-        )
-    if processes.rank:
-        return curves
-    seen = {"tokens_seen": recipe.train.steps * recipe.train.batch}
-    complete_dictionary(
-        path,
-        host,
-        store,
-        saes,
-        source,
-        pairs,
-        recipe,
-        training=asdict(recipe) | seen,
-        title=title,
-        creator=creator,
-        licence=licence,
-        progress=progress,
-        batch=batch,
-    )
-    return curves
-
-
-def complete_dictionary(
-    path: Path,
-    host: Host,
-    store: ActivationStore,
-    saes: dict[str, SAE],
-    source: str,
-    pairs: Sequence[PromptPair],
-    recipe: Recipe,
-    *,
-    training: dict[str, Any],
-    title: str,
-    creator: str,
-    licence: dict[str, str],
-    progress: Progress | None = None,
-    batch: int = 32,
-) -> None:
-    """From SAEs by position, trained here or elsewhere, to a dictionary: chooses the source
-    domain's harmful features, adapts the decoder to its safe rewrites, calibrates the gate on
-    `pairs`, `batch` images at a time, and writes `path`. `training` says on the card where the SAEs
-    come from."""
-    ordered: dict[str, SAE] = {}
-    infos: dict[str, PositionInfo] = {}
-    domain = Domain({}, {}, None)
-    adapters: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-    for position, sae in saes.items():
-        features, weights = choose_features(store, position, sae, source, recipe)
-        rest = sorted(set(range(sae.features)) - set(features))
-        sae = sae.rows(torch.tensor(features + rest))  # harmful features first
-        held_out = split(store.indices(source))[1]
-        measured = quality(sae, store.tokens(position, held_out))
-        measured["loss_recovered"] = loss_recovered(host, store, position, sae, held_out)
-        infos[position] = PositionInfo(len(features), measured)
-        index = list(range(len(features)))
-        ordered[position] = sae
-        domain.features[position], domain.weights[position] = index, weights
-        delta = fit_adapter(store, position, sae.rows(slice(0, len(index))), source, source, recipe)
-        adapters[position, source] = (torch.tensor(index, dtype=torch.int64), delta)
-    card = Card(
-        store.architecture,
-        positions=infos,
-        domains={source: domain},
-        plan=_plan(domain, source, recipe),
-        training=training | {"source": source},
-        licence=licence,
-        creator=creator,
-        title=title,
-        source_sha256=store.settings.prompts_sha256,
-    )
-    save_dictionary(path, card, ordered, adapters)  # ungated, so that the gate can be measured
-    ungated = Dictionary.open(path)
-    card.domains[source] = _gated(host, ungated, source, pairs, recipe, progress)
-    save_dictionary(path, card, ordered, adapters)
-
-
-def build_adapter(
-    path: Path,
-    host: Host,
-    store: ActivationStore,
-    dictionary: Dictionary,
-    domain: str,
-    source: str,
-    pairs: Sequence[PromptPair],
-    recipe: Recipe,
-    *,
-    title: str,
-    creator: str,
-    licence: dict[str, str],
-    progress: Progress | None = None,
-    batch: int = 32,
-) -> None:
-    """Adapts only the decoder to `domain` and writes the adapter file; the encoder stays as it is."""
-    found = Domain({}, {}, None)
-    adapters: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-    for position in dictionary.card.positions:
-        sae = dictionary.sae(position)
-        features, weights = choose_features(store, position, sae, domain, recipe)
-        found.features[position], found.weights[position] = features, weights
-        index = torch.tensor(features, dtype=torch.int64)
-        delta = fit_adapter(store, position, sae.rows(index), domain, source, recipe)
-        adapters[position, domain] = (index, delta)
-    card = Card(
-        dictionary.card.architecture,
-        domains={domain: found},
-        plan=_plan(found, domain, recipe),
-        training=asdict(recipe) | {"source": source, "pairs": len(split(store.indices(domain))[0])},
-        licence=licence,
-        creator=creator,
-        title=title,
-        source_sha256=store.settings.prompts_sha256,
-        base_sha256=dictionary.sha256,
-    )
-    save_adapter(path, card, adapters)
-    ungated = dictionary.with_adapters(path)
-    card.domains[domain] = _gated(host, ungated, domain, pairs, recipe, progress)
-    save_adapter(path, card, adapters)
-
-
-def require_prompts(store: ActivationStore, domain: str, calibration: Sequence[PromptPair]) -> None:
-    """That the store has enough of `domain`, and that the gate is not calibrated on what it holds."""
-    found = Counter(pair.domain for pair in store.prompts)
-    for name, what in ((domain, "pairs"), (SAFE, "purely safe prompts (domain 'safe')")):
-        if found[name] < LEAST:
-            others = ", ".join(f"{count} of {other}" for other, count in found.items())
-            raise ValueError(
-                f"Of '{name}' at least {LEAST} {what} must have been captured. There are: {others}."
-            )
-    if not calibration:
-        return
-    if not any(pair.domain == domain for pair in calibration):
-        raise ValueError(f"The calibration prompts have none of '{domain}': the gate needs some.")
-    seen = {(pair.unsafe, pair.safe) for pair in store.prompts}
-    again = sum((pair.unsafe, pair.safe) in seen for pair in calibration)
-    if again:
-        raise ValueError(
-            f"{again} of the {len(calibration)} calibration prompts were captured too: a gate that is "
-            "calibrated on what was trained on opens too late. Load a set of its own."
-        )
+    plain, mean = loss(lambda a: a), loss(lambda a: average_there(a.device).expand_as(a))
+    return (mean - loss(lambda a: there(a.device).reconstruct(a))) / (mean - plain)

@@ -21,9 +21,9 @@ from torch import Tensor
 from .files import PathLike, blame, build, need, parse_object, read_all
 from .hosts.host import PictureHost, Tap
 from .prompts import PromptPair
+from .seeds import of_evaluation
 
 MAX_BYTES = 4 << 20  # of a file of results
-EVALUATION_SEED = 2_000_000  # far from the seeds of capture and calibration
 
 
 _SHARES = ("safe_object_kept", "safe_prompt_detected", "safe_prompt_identical", "artefact_rate")
@@ -92,11 +92,6 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return max(0.0, (mean + left.trace() + right.trace() - 2 * root).item())
 
 
-def seed_of(seed: int, image: int) -> int:
-    """The noise seed of an image of the run with evaluation seed `seed`."""
-    return EVALUATION_SEED + 1_000_000 * seed + image
-
-
 def prompt_of(pair: PromptPair) -> str:
     """What is asked for: the unsafe prompt, or the safe one of a purely safe line."""
     return pair.safe if pair.unsafe is None else pair.unsafe
@@ -121,7 +116,7 @@ def run(
         part = jobs[start : start + batch]
         prompts = [(method.prompt or prompt_of)(pair) for pair, _ in part]
         negatives = None if method.negative is None else [method.negative(pair) for pair, _ in part]
-        seeds = [seed_of(seed, start + i) for i in range(len(part))]
+        seeds = [of_evaluation(seed, start + i) for i in range(len(part))]
         tap = None if method.tap is None else method.tap()
         began = time.perf_counter()
         latents.append(host.sample(prompts, seeds, tap, negatives).cpu())

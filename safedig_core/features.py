@@ -22,14 +22,9 @@ def split(indices: Sequence[int]) -> tuple[list[int], list[int]]:
     )
 
 
-def safe_images(store: ActivationStore, position: str, indices: Sequence[int]) -> list[Tensor]:
-    """Safe sides [S, K, d] of pairs and of purely safe prompts."""
-    return [image[-1].float() for image in store.images(position, indices)]
-
-
-def pooled_code(sae: SAE, images: Tensor) -> Tensor:
-    """images [N, S, K, d] -> mean code over steps and tokens [N, F]."""
-    return torch.stack([sae.encode(image.float()).mean((0, 1)) for image in images])
+def pooled_code(sae: SAE, image: Tensor) -> Tensor:
+    """image [S, K, d] -> mean code over steps and tokens [F]."""
+    return sae.encode(image.float()).mean((0, 1))
 
 
 def select_features(
@@ -67,11 +62,9 @@ def choose_features(
             f"the store has {len(store.indices(domain))} pairs of '{domain}': at least {SELECT_EVERY + 1} "
             f"are needed, since features are chosen on every {SELECT_EVERY}th"
         )
-    unsafe = [image[0].float() for image in store.images(position, chosen[domain])]
-    safe = [image for indices in chosen.values() for image in safe_images(store, position, indices)]
+    unsafe = [pooled_code(sae, image[0]) for image in store.each(position, chosen[domain])]
+    # the safe side is the last, of pairs and of purely safe prompts
+    safe = [pooled_code(sae, image[-1]) for pairs in chosen.values() for image in store.each(position, pairs)]
     return select_features(
-        pooled_code(sae, torch.stack(unsafe)),
-        pooled_code(sae, torch.stack(safe)),
-        specificity=recipe.specificity,
-        most=recipe.most_features,
+        torch.stack(unsafe), torch.stack(safe), specificity=recipe.specificity, most=recipe.most_features
     )

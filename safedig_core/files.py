@@ -97,6 +97,11 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def digest(*values: object) -> str:
+    """64 hex digits that stand for these values, which are JSON but for what has a text of its own."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def parse_object(text: str, what: str) -> dict[str, Any]:
     """A JSON object without repeated keys, NaN or infinities. Raises ValueError."""
 
@@ -133,7 +138,7 @@ def build(kind: Any, value: Any, what: str, depth: int = _DEPTH) -> Any:
 
     if outer is dict or is_dataclass(kind):
         need(type(value) is dict and len(value) <= MAX_ITEMS, f"{what:.60} is not an object of our size")
-        need(all(_is_text(key) for key in value), f"{what:.60} has a key that is too long or odd")
+        need(all(is_text(key) for key in value), f"{what:.60} has a key that is too long or odd")
         kinds = get_type_hints(kind) if is_dataclass(kind) else dict.fromkeys(value, inner[-1])
         for name in value.keys() - kinds.keys():
             raise ValueError(f"{what:.60} has an unexpected '{name:.60}'")
@@ -151,12 +156,13 @@ def build(kind: Any, value: Any, what: str, depth: int = _DEPTH) -> Any:
 
     fits = type(value) in _SCALARS[kind]
     if isinstance(value, str):
-        fits = fits and _is_text(value)
+        fits = fits and is_text(value)
     elif isinstance(value, (int, float)):
         fits = fits and (0 if kind is int else -1e30) <= value <= 1e30
     need(fits, f"{what:.60} is {value!r:.60}, which is not what belongs there")
     return float(value) if kind is float else value  # type: ignore
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
+    """Whether `value` may stand in a file of ours: not too long, and nothing that hides or turns text."""
     return len(value) <= MAX_TEXT and TEXT.fullmatch(value) is not None

@@ -45,6 +45,11 @@ class PromptPair:
     unsafe: str | None = None
     keep: tuple[str, ...] = ()
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What is sampled: the unsafe prompt, then the safe one."""
+        return (self.safe,) if self.unsafe is None else (self.unsafe, self.safe)
+
     def __post_init__(self) -> None:
         if not DOMAIN.fullmatch(self.domain):
             raise ValueError(

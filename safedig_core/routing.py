@@ -29,6 +29,7 @@ from .store.store import ActivationStore
 
 WEIGHTS = {"semantic": 0.25, "binding": 0.35, "stability": 0.25, "cost": -0.15}
 OPERATORS = ("blend", "repel")
+Scores = dict[str, dict[str, float]]  # by operator: its score, and the terms that it is made of
 SUBSPACE = 8  # directions of the source contrasts that Repel's surrogate removes
 
 
@@ -100,8 +101,7 @@ def score(terms: dict[str, float], weights: dict[str, float] = WEIGHTS) -> float
 def contrasts(store: ActivationStore, position: str, domain: str, most: int | None = None) -> Contrasts:
     """Pooled pairs of `domain` (the first `most`)."""
     indices = store.indices(domain)[:most]
-    images = store.images(position, indices)  # [P, 2, S, K, d]
-    pooled = torch.stack([image.float().mean((1, 2)) for image in images])
+    pooled = torch.stack([image.float().mean((1, 2)) for image in store.each(position, indices)])
     latents = store.latents(indices).flatten(2)
     return Contrasts(pooled[:, 0], pooled[:, 1], latents[:, 1] - latents[:, 0])
 
@@ -167,6 +167,15 @@ def chosen(routes: Sequence[Route], architecture: Architecture) -> list[str]:
     for candidate in routes:
         best.setdefault(candidate.group, candidate.position)
     return sorted(best.values(), key=architecture.positions().index)
+
+
+def scored(routes: Sequence[Route], positions: Sequence[str]) -> dict[str, Scores]:
+    """These positions with their operators' scores; without, where nothing was routed."""
+    found: dict[str, Scores] = {position: {} for position in positions}
+    for r in routes:
+        if r.position in found:
+            found[r.position][r.operator] = {"score": r.score} | r.terms
+    return found
 
 
 def route_table(routes: Sequence[Route]) -> str:

@@ -9,6 +9,7 @@ depends on its own rows alone, so any subset of features can be evaluated withou
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -57,24 +58,26 @@ class SAE:
         return SAE(**{f.name: getattr(self, f.name).to(*args, **kwargs) for f in fields(self)})
 
 
-def quality(sae: SAE, a: Tensor, chunk: int = 8192) -> dict[str, float]:
-    """How well `sae` explains activations [N, d].
+def quality(sae: SAE, parts: Iterable[Tensor], chunk: int = 8192) -> dict[str, float]:
+    """How well `sae` explains activations, given in parts [N, d].
 
     fvu: fraction of variance unexplained, |a - a_hat|^2 / |a - mean(a)|^2; l0: features active
-    per token; dead: fraction of features that never fire on `a`.
+    per token; dead: fraction of features that never fire on them.
     """
-    error = total = active = 0.0
-    fired = torch.zeros(sae.features, dtype=torch.bool, device=a.device)
-    centre = a.float().mean(0)
-    for part in a.split(chunk):
-        part = part.float()
+    error = squares = active = 0.0
+    count, total = 0, torch.zeros(sae.width, dtype=torch.float64)
+    fired = torch.zeros(sae.features, dtype=torch.bool)
+    for part in (rows.float() for whole in parts for rows in whole.split(chunk)):
         z = sae.encode(part)
         error += (part - sae.decode(z)).double().square().sum().item()
-        total += (part - centre).double().square().sum().item()
+        squares += part.double().square().sum().item()
+        total += part.double().sum(0)
+        count += len(part)
         active += (z > 0).sum().item()
         fired |= (z > 0).any(0)
+    variance = squares - total.square().sum().item() / max(count, 1)
     return {
-        "fvu": error / max(total, 1e-12),
-        "l0": active / max(len(a), 1),
+        "fvu": error / max(variance, 1e-12),
+        "l0": active / max(count, 1),
         "dead": 1.0 - fired.float().mean().item(),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,11 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .dictionary.card import MAX_FEATURES
 from .distributed import ALONE, Group
 from .files import blame, clear_parts, replacing
 from .sae import SAE
 
 AUX_WEIGHT = 1 / 32
+_AGAIN = "Delete it, and train again."
+
+Curve = list[dict[str, float]]  # step, fvu, l0 and dead, every 25 steps
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,15 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.kind not in ("batch_topk", "relu_l1"):
             raise ValueError(f"unknown kind of SAE '{self.kind}': expected batch_topk or relu_l1")
+        if not 0 < self.features <= MAX_FEATURES:
+            raise ValueError(f"features must lie between 1 and {MAX_FEATURES}, got {self.features}")
         if not 0 < self.k <= self.features:
             raise ValueError(f"k must lie between 1 and the {self.features} features, got {self.k}")
+        for name, least in (("steps", 1), ("batch", 1), ("warmup", 1), ("dead_after", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not (0 <= self.l1 < math.inf and 0 < self.lr < math.inf):
+            raise ValueError(f"l1 and lr must be numbers from 0 and over 0, got {self.l1} and {self.lr}")
 
 
 def top_active(h: Tensor, count: int, guess: Tensor, group: Group = ALONE) -> tuple[Tensor, Tensor]:
@@ -196,7 +208,7 @@ def train_sae(
     checkpoint: Path | None = None,
     progress: Callable[[int, dict[str, float]], None] | None = None,
     group: Group = ALONE,
-) -> tuple[SAE, list[dict[str, float]]]:
+) -> tuple[SAE, Curve]:
     """Trains on `batches(epoch)`, which yields activations [batch, d], for `settings.steps` steps.
 
     With `checkpoint`, a killed run continues where it was and ends in the same SAE; what `progress`
@@ -210,7 +222,7 @@ def train_sae(
         raise ValueError("no activations to train on")
     trainee = TrainingSAE(settings, first).to(group.device)
     optimizer = torch.optim.Adam(trainee.parameters(), settings.lr, (0.9, 0.99), fused=True)
-    curve: list[dict[str, float]] = []
+    curve: Curve = []
     done = 0
     if checkpoint is not None and checkpoint.exists():
         done, curve = _load_checkpoint(checkpoint, settings, trainee, optimizer)
@@ -264,7 +276,7 @@ def _save_checkpoint(
     trainee: TrainingSAE,
     optimizer: torch.optim.Optimizer,
     step: int,
-    curve: list[dict[str, float]],
+    curve: Curve,
 ) -> None:
     tensors = {f"sae.{k}": v.contiguous() for k, v in trainee.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items():
@@ -275,12 +287,21 @@ def _save_checkpoint(
         save_file(tensors, part, {"training": json.dumps(state)})  # one key: several would come in any order
 
 
+def read_curve(checkpoint: Path) -> Curve:
+    """The training curve up to a checkpoint. Raises ValueError."""
+    return _read_state(checkpoint).get("curve", [])
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    with blame(ValueError, checkpoint, _AGAIN), safe_open(checkpoint, "pt") as file:
+        return json.loads((file.metadata() or {}).get("training", "{}"))
+
+
 def _load_checkpoint(
     path: Path, settings: TrainSettings, trainee: TrainingSAE, optimizer: torch.optim.Optimizer
-) -> tuple[int, list[dict[str, float]]]:
-    with blame(ValueError, path, "Delete it, and train again."):
-        with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {}).get("training", "{}"))
+) -> tuple[int, Curve]:
+    meta = _read_state(path)
+    with blame(ValueError, path, _AGAIN):
         tensors = load_file(path)
     if meta.get("settings") != asdict(settings):
         raise ValueError(f"{path} was written with other settings: delete it, or train with those")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .features import safe_images, split
+from .features import split
 from .recipe import Recipe
 from .sae import SAE
 from .store.store import ActivationStore
@@ -76,7 +76,7 @@ def fit_adapter(
         rows,
         (store.pairs(position, [p]) for p in training),
         (store.pairs(position, [p]) for p in replay),
-        (image.flatten(0, 1) for image in safe_images(store, position, safe)),
+        (image[-1].float().flatten(0, 1) for image in store.each(position, safe)),
         replay_weight=recipe.replay_weight,
         stability=recipe.stability,
     )

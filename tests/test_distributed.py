@@ -205,7 +205,7 @@ def kill_one_when(command: list[str], seen: Path) -> None:
     run = torchrun(command)
     try:
         deadline = time.monotonic() + 300
-        while not list(seen.parent.glob(seen.name)):
+        while not list(seen.parent.rglob(seen.name)):
             assert run.poll() is None, "it ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.02)

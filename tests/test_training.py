@@ -44,7 +44,7 @@ def batches(epoch: int) -> Iterator[torch.Tensor]:
 def test_training_explains_sparse_data(kind: str) -> None:
     settings = TrainSettings(kind, features=48, k=4, l1=0.8, steps=400, batch=256, lr=3e-3, warmup=20)
     sae, curve = train_sae(batches, settings)
-    figures = quality(sae, sparse_data(2048, seed=77))
+    figures = quality(sae, [sparse_data(2048, seed=77)])
     assert figures["fvu"] < 0.15
     assert figures["l0"] < 14
     assert curve[-1]["fvu"] < curve[0]["fvu"]

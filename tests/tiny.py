@@ -27,9 +27,12 @@ from safedig_core.dictionary.dictionary import (
     save_dictionary,
 )
 from safedig_core.hosts.hooks import architecture_of, attached
-from safedig_core.hosts.host import Tap
+from safedig_core.hosts.host import Host, Tap
 from safedig_core.positions import Architecture
+from safedig_core.prompts import PromptPair
 from safedig_core.sae import SAE
+from safedig_core.store.capture import capture, store_settings
+from safedig_core.store.store import ActivationStore, ActivationWriter
 
 TINY = Architecture("flux", (2, 2), 32, 16)
 
@@ -240,3 +243,21 @@ def fork_each(work: Callable[[int], object], count: int) -> None:
         children.append(child)
     statuses = [os.waitpid(child, 0)[1] for child in children]
     assert not any(statuses), statuses
+
+
+class MeasuredHost(TinyHost):
+    """With a loss: how far its samples are from what was captured."""
+
+    def denoising_loss(
+        self, prompts: Sequence[str], latents: Tensor, seeds: Sequence[int], sigma: float, tap: Any = None
+    ) -> float:
+        return (self.sample(prompts, seeds, tap) - latents).square().mean().item()
+
+
+def captured(
+    host: Host, folder: Path, prompts: Sequence[PromptPair], positions: Sequence[str]
+) -> ActivationStore:
+    """A store of these prompts, at two steps."""
+    settings = store_settings(host, prompts, positions=positions, steps=2, pairs_per_shard=3)
+    capture(host, ActivationWriter.open(folder, settings))
+    return ActivationStore(folder)

@@ -11,29 +11,32 @@ Whatever is finished there is taken up when the same settings are queued again.
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ...safedig_core import __version__
-from ...safedig_core.chain import build_adapter, build_dictionary, require_prompts
-from ...safedig_core.dictionary.dictionary import Dictionary, check
-from ...safedig_core.features import SELECT_EVERY
+from ...safedig_core.chain import Chain
+from ...safedig_core.dictionary.dictionary import Action, Dictionary, check
+from ...safedig_core.distributed import Group
 from ...safedig_core.files import clear_parts, replacing, sha256_of
-from ...safedig_core.prompts import SAFE, PromptPair, fingerprint
+from ...safedig_core.prompts import SAFE, PromptPair
 from ...safedig_core.recipe import Credits, Recipe
-from ...safedig_core.store.capture import capture, captured_steps
+from ...safedig_core.routing import Scores
+from ...safedig_core.store.capture import capture
 from ...safedig_core.store.settings import StoreSettings
 from ...safedig_core.store.store import ActivationStore, ActivationWriter
 from .host import ComfyHost, Conditioning
-from .workspace import Need, Progress, digest, free_disk, free_memory, plain_name, require_room
+from .workspace import Need, Progress, free_disk, free_memory, plain_name, require_room, training_device
 
-BUFFER = 65_536  # tokens that training shuffles at a time
 FEWER = "Choose fewer positions, steps or tokens per image."
+
+_hosts: dict[Path, ComfyHost] = {}  # of this session's captures, by folder
+_lost: Counter[Path] = Counter()  # how often one of them could no longer be used
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Captured:
 
 def texts_of(pairs: Sequence[PromptPair]) -> list[str]:
     """Every prompt of these pairs, in their order: the unsafe one, then the safe one."""
-    return [text for pair in pairs for text in (pair.unsafe, pair.safe) if text is not None]
+    return [text for pair in pairs for text in pair.texts]
 
 
 def names_in(text: str) -> list[str]:
@@ -59,47 +62,36 @@ def names_in(text: str) -> list[str]:
 
 
 def capture_into(
-    folder: Path,
-    host: ComfyHost,
-    pairs: Sequence[PromptPair],
-    *,
-    positions: Sequence[str],
-    steps: int,
-    tokens_per_image: int | None,
-    seed: int,
-    pairs_per_shard: int,
-    given: Sequence[Conditioning] | None,
-    negative: Conditioning | None,
-    progress: Progress,
+    folder: Path, host: ComfyHost, settings: StoreSettings, progress: Progress
 ) -> tuple[Captured, str]:
     """Captures what is missing in `folder`; also returns the estimate of what that takes.
 
     Raises ValueError (StoreError) where the folder has activations of other settings, where a
     prompt can't be encoded, and where disk or memory are too small.
     """
-    texts = texts_of(pairs)
-    host.prepare(texts if given is not None else texts[:1], given, negative)
-    settings = StoreSettings(
-        architecture=host.architecture,
-        positions=tuple(positions or host.architecture.positions()),
-        model=host.name,
-        prompts=tuple(pairs),
-        steps=captured_steps(host.steps, steps),
-        seed=seed,
-        tokens_per_image=tokens_per_image,
-        pairs_per_shard=pairs_per_shard,
-        sampler=host.sampler,
-    )
     store = folder / "activations"
     if store.is_dir() and not any(store.glob("shard-*")):
         (store / "store.json").unlink(missing_ok=True)  # nothing was captured: other settings may come
     writer = ActivationWriter.open(store, settings, host.tokens())
     missing = [writer.groups()[group] for group in writer.missing()]
-    needed = [settings.prompts[pair] for group in missing for pair in group]
-    estimate = require_room(_capture_needs(host, settings, missing, texts_of(needed), store), progress)
-    host.prepare(texts_of(needed), progress=lambda done, total: progress("encoding prompts", done, total))
-    capture(host, writer, lambda done, total: progress("capturing, shard", done, total))
+    texts = texts_of([settings.prompts[pair] for group in missing for pair in group])
+    estimate = require_room(_capture_needs(host, settings, missing, texts, store), progress)
+    try:
+        host.prepare(texts, progress=lambda done, total: progress("encoding prompts", done, total))
+        capture(host, writer, lambda done, total: progress("capturing, shard", done, total))
+    finally:
+        host.forget()
+    _hosts[folder] = host
     return Captured(folder, host), estimate
+
+
+def losses(folder: Path) -> int:
+    """Grows when what a capture of this session has left in `folder`, or was made with, has gone since."""
+    host = _hosts.get(folder)
+    if host is not None and not (host.alive and (folder / "activations" / "store.json").exists()):
+        del _hosts[folder]
+        _lost[folder] += 1
+    return _lost[folder]
 
 
 def _capture_needs(
@@ -119,148 +111,83 @@ def _capture_needs(
     ]
 
 
-def train(
-    captured: Captured,
-    positions: Sequence[str],
-    source: str,
-    calibration: Sequence[PromptPair],
-    recipe: Recipe,
-    credits: Credits,
-    progress: Progress,
-    given: Sequence[Conditioning] | None = None,
-) -> tuple[Dictionary, str]:
-    """A dictionary for `source`, trained or taken up where a run was ended; and the estimate.
+@dataclass(frozen=True)
+class Making:
+    """What Train Dictionary and Adapt Decoder have in common; `given` are the encoded calibration prompts,
+    where the capture has no CLIP.
 
-    Raises ValueError where prompts are too few or the same as the captured ones, and where disk or
-    memory are too small.
+    Both raise ValueError where something is missing or too small, before the work starts, and take up
+    where a run was ended.
     """
-    store, host = captured.store, captured.host
-    require_prompts(store, source, calibration)
-    for position in positions:
-        if position not in store.positions:
-            raise ValueError(f"{position} was not captured, only {', '.join(store.positions)}.")
-    identity = store.settings.to_json(), list(positions), source, asdict(recipe.train)
-    everything = identity, asdict(recipe), fingerprint(calibration), asdict(credits), __version__
-    path = captured.folder / "dictionaries" / f"{source}-{digest(*everything)}.safetensors"
-    estimate = require_room(_train_needs(store, positions, recipe, path), progress)
-    checkpoints = captured.folder / "checkpoints" / digest(*identity)
-    checkpoints.mkdir(parents=True, exist_ok=True)
 
-    def build(part: Path) -> None:
-        _prepare(host, calibration, given, progress)
-        build_dictionary(
-            part,
-            host,
-            store,
-            positions,
-            source,
-            calibration,
-            recipe,
-            title=credits.title or f"{source} for {host.architecture.family}",
-            creator=credits.creator,
-            licence=credits.licence,
-            checkpoints=checkpoints,
-            progress=progress,
-            batch=host.batch,
+    captured: Captured
+    calibration: Sequence[PromptPair]
+    given: Sequence[Conditioning] | None
+    recipe: Recipe
+    credits: Credits
+    progress: Progress
+
+    def train(self, source: str, actions: Sequence[Action]) -> tuple[Dictionary, str]:
+        """A dictionary for `source` at the positions of `actions`; and the estimate of what it takes."""
+        positions: dict[str, Scores] = {}
+        for action in actions:
+            positions.setdefault(action.position, {})[action.operator] = action.score
+        chain, folder = self._chain(source), self.captured.folder
+        path = self._path(chain, source, list(positions))
+        chain.require(path, source, positions)
+        needs, remedy = chain.needs(positions), "Choose fewer positions or features."
+        left = 0 if path.exists() else 1
+        estimate = require_room(
+            [
+                Need("disk", left * needs.disk, free_disk(folder), remedy),
+                Need("main memory", left * needs.memory, free_memory(), remedy),
+            ],
+            self.progress,
         )
+        if left:
+            device = training_device(self.captured.host.device, needs.device)
+            chain = replace(chain, processes=Group(device=device))
+        with self._work():
+            chain.train(path, source, positions, folder / "checkpoints")
+        return Dictionary.open(path), estimate
 
-    _once(path, build)
-    return Dictionary.open(path), estimate
+    def adapt(self, dictionary: Dictionary, domain: str, source: str) -> Dictionary:
+        """`dictionary` with an adapter for `domain`."""
+        chain = self._chain(domain)
+        path = self._path(chain, domain, dictionary.sha256, source)
+        with self._work():
+            chain.adapt(path, dictionary, domain, source)
+        return dictionary.with_adapters(path)
 
+    def _chain(self, domain: str) -> Chain:
+        host = self.captured.host
+        title = self.credits.title or f"{domain} for {host.architecture.family}"
 
-def adapt(
-    captured: Captured,
-    dictionary: Dictionary,
-    domain: str,
-    source: str,
-    calibration: Sequence[PromptPair],
-    recipe: Recipe,
-    credits: Credits,
-    progress: Progress,
-    given: Sequence[Conditioning] | None = None,
-) -> tuple[Dictionary, str]:
-    """`dictionary` with an adapter for `domain`; and the estimate. Raises ValueError as `train` does."""
-    store, host = captured.store, captured.host
-    dictionary.check_fits(store.architecture)
-    if domain in dictionary.card.domains:
-        raise ValueError(f"{dictionary.path.name} already has domain '{domain}': choose another.")
-    require_prompts(store, domain, calibration)
-    require_prompts(store, source, ())
-    missing = [p for p in dictionary.card.positions if p not in store.positions]
-    if missing:
-        raise ValueError(
-            f"{dictionary.path.name} needs activations at {', '.join(missing)}, which were not captured."
-        )
-    everything = store.settings.to_json(), dictionary.sha256, domain, source, asdict(recipe)
-    name = digest(*everything, fingerprint(calibration), asdict(credits), __version__)
-    path = captured.folder / "dictionaries" / f"{domain}-{name}.safetensors"
-    positions = list(dictionary.card.positions)
-    estimate = require_room(_train_needs(store, positions, recipe, path), progress)
+        def prepared() -> ComfyHost:
+            with torch.inference_mode():
+                host.prepare(
+                    texts_of(self.calibration),
+                    self.given,
+                    progress=lambda done, total: self.progress("encoding prompts", done, total),
+                )
+            return host
 
-    def build(part: Path) -> None:
-        _prepare(host, calibration, given, progress)
-        build_adapter(
-            part,
-            host,
-            store,
-            dictionary,
-            domain,
-            source,
-            calibration,
-            recipe,
-            title=credits.title or f"{domain} for {dictionary.card.title}",
-            creator=credits.creator,
-            licence=credits.licence,
-            progress=progress,
-            batch=host.batch,
-        )
+        credits = replace(self.credits, title=title)
+        return Chain(prepared, self.captured.store, self.calibration, self.recipe, credits, self.progress)
 
-    _once(path, build)
-    return dictionary.with_adapters(path), estimate
+    def _path(self, chain: Chain, domain: str, *what: object) -> Path:
+        """Of the finished file: its name stands for its settings."""
+        name = f"{domain}-{chain.identity(domain, *what)[:16]}.safetensors"
+        return self.captured.folder / "dictionaries" / name
 
-
-def _once(path: Path, build: Callable[[Path], None]) -> None:
-    """Lets `build` write `path`, unless it is there; what is there is always finished.
-
-    Nodes run in inference mode, where nothing can be trained."""
-    if path.exists():
-        return
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_suffix(".unfinished")
-    with torch.inference_mode(False), torch.enable_grad():
-        build(part)
-    os.replace(part, path)
-
-
-def _prepare(
-    host: ComfyHost,
-    calibration: Sequence[PromptPair],
-    given: Sequence[Conditioning] | None,
-    progress: Progress,
-) -> None:
-    with torch.inference_mode():
-        texts = texts_of(calibration)
-        host.prepare(texts, given, progress=lambda done, total: progress("encoding prompts", done, total))
-
-
-def _train_needs(store: ActivationStore, positions: Sequence[str], recipe: Recipe, path: Path) -> list[Need]:
-    """For the dearest position: weights, gradients and Adam's two moments, the buffer that is shuffled,
-    and the images that features are chosen on, in bfloat16 and twice in float32."""
-    settings, architecture = store.settings, store.architecture
-    images = sum(settings.sides(pair) for pair in range(len(settings.prompts))) // SELECT_EVERY + 1
-    memory = disk = 0
-    for position in positions:
-        width = architecture.width_of(position)
-        kept = store.images(position, store.indices()[:1]).shape[3]
-        weights = 2 * 4 * recipe.train.features * width
-        chosen = images * len(settings.steps) * kept * width * (2 + 4 + 4)
-        memory = max(memory, max(4 * weights + 3 * 2 * BUFFER * width, chosen + 2 * weights))
-        disk += weights * (3 + 2)  # its checkpoint; the file, and the one that it replaces
-    remedy = "Choose fewer positions or features."
-    return [
-        Need("disk", 0 if path.exists() else disk, free_disk(path), remedy),
-        Need("main memory", 0 if path.exists() else memory, free_memory(), remedy),
-    ]
+    @contextmanager
+    def _work(self) -> Iterator[None]:
+        """Nodes run in inference mode, where nothing can be trained."""
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
+        finally:
+            self.captured.host.forget()
 
 
 def save(folder: Path, name: str, dictionary: Dictionary, overwrite: bool) -> list[Path]:

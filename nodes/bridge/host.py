@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +43,33 @@ class Encoded:
     extra: dict[str, Any]
 
 
+class Held:
+    """A weak hold on something of ComfyUI's: what a cached output refers to must not keep it in memory."""
+
+    def __init__(self, value: Any, what: str):
+        self._ref, self._what = weakref.ref(value), what
+
+    @property
+    def alive(self) -> bool:
+        return self._ref() is not None
+
+    def __call__(self) -> Any:
+        """Raises ValueError where ComfyUI has let go of it."""
+        value = self._ref()
+        if value is None:
+            raise ValueError(
+                f"ComfyUI no longer holds the {self._what} that these activations were captured with: queue "
+                "the graph again, with Capture Activations in it."
+            )
+        return value
+
+
 class ComfyHost:
     """Samples `batch` images at a time, at most, where that is its own choice.
 
-    Prompts are encoded once, by `clip` or as given to `prepare`, and kept: the text encoder and the
-    diffusion model then take turns once, not at every batch.
+    Prompts are encoded once, by `clip` or as given to `prepare`, and kept until `forget`: the text encoder
+    and the diffusion model then take turns once, not at every batch. The model, the CLIP and what is given
+    are ComfyUI's: they are held weakly.
     """
 
     def __init__(self, model: Any, clip: Any, settings: SamplerSettings, batch: int):
@@ -56,11 +79,35 @@ class ComfyHost:
         self.architecture = architecture_of(model)
         self.name = f"{self.architecture.family} {fingerprint(model)}"
         self.steps, self.settings, self.batch = settings.steps, settings, batch
-        self._model, self._clip = model, clip
+        self.device: torch.device = model.load_device
+        self._held_model = Held(model, "model")
+        self._held_clip = None if clip is None else Held(clip, "CLIP")
         self._format = model.get_model_object("latent_format")
         self._encoded: dict[str, Encoded] = {}
+        self._given: dict[str, tuple[Held, Held, dict[str, Any]]] = {}  # sequence, pooled and the rest
+        self._first: tuple[int, dict[str, Any]] = 0, {}  # tokens and settings of the first prompt encoded
         names = {"sampler": settings.sampler, "scheduler": settings.scheduler, "denoise": 1.0}
         self._sigmas: Tensor = KSampler(model, settings.steps, model.load_device, **names).sigmas
+
+    @property
+    def _model(self) -> Any:
+        return self._held_model()
+
+    @property
+    def alive(self) -> bool:
+        """Whether all that it was made with is still there."""
+        return all(held.alive for held in self._held())
+
+    def _held(self) -> Iterator[Held]:
+        yield self._held_model
+        if self._held_clip is not None:
+            yield self._held_clip
+        for sequence, pooled, _ in self._given.values():
+            yield from (sequence, pooled)
+
+    def forget(self) -> None:
+        """Lets go of encoded prompts, which are encoded again when they are needed."""
+        self._encoded.clear()
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -71,7 +118,7 @@ class ComfyHost:
     def tokens(self) -> dict[str, int]:
         """Sequence lengths by position, once a prompt has been prepared."""
         _, rows, columns = self.latent_shape
-        text = next(iter(self._encoded.values())).sequence.shape[1]
+        text, _ = self._first
         image = (rows // PATCH) * (columns // PATCH)
         return {p: image if p.endswith("img") else text for p in self.architecture.positions()}
 
@@ -82,11 +129,6 @@ class ComfyHost:
 
         needed = self._model.memory_required([images, *self.latent_shape])
         return float(needed), float(get_total_memory(self._model.load_device))
-
-    @property
-    def device(self) -> torch.device:
-        """Where activations are."""
-        return torch.device(self._model.load_device)
 
     @property
     def sampler(self) -> dict[str, str | int | float]:
@@ -101,10 +143,10 @@ class ComfyHost:
             "height": s.height,
             "negative": s.negative,
         }
-        found |= {k: str(v) for k, v in next(iter(self._encoded.values())).extra.items()}
-        if self._clip is None:
+        found |= {k: str(v) for k, v in self._first[1].items()}
+        if self._held_clip is None:
             found["text_encoder"] = "given"
-        elif (patcher := getattr(self._clip, "patcher", None)) is not None:
+        elif (patcher := getattr(self._held_clip(), "patcher", None)) is not None:
             found["text_encoder"] = fingerprint(patcher)
         return found
 
@@ -121,31 +163,30 @@ class ComfyHost:
     ) -> None:
         """Encodes what is not known yet; `given`, one per prompt, are taken in place of the CLIP's.
 
-        Raises ValueError without a CLIP and anything given, and where a prompt is so long that its
-        tokens no longer pair up with the others'.
+        Raises ValueError without a CLIP and anything given, where a prompt is so long that its tokens no
+        longer pair up with the others', and where ComfyUI has let go of the model.
         """
+        for held in self._held():
+            held()
         if given is not None:
             if len(given) != len(prompts):
                 raise ValueError(
                     f"There are {len(prompts)} prompts and {len(given)} conditionings: connect the texts of "
                     "the same Load Prompt Pairs to the text encoder."
                 )
-            self._encoded |= {p: _encoded(c, p) for p, c in zip(prompts, given, strict=True)}
+            for prompt, conditioning in zip(prompts, given, strict=True):
+                self._take(prompt, conditioning, prompt)
         if negative is not None:
-            self._encoded[self.settings.negative] = _encoded(negative, "the negative prompt")
+            self._take(self.settings.negative, negative, "the negative prompt")
         missing = self.unknown(prompts)
         if self.settings.cfg != 1:
             missing += self.unknown([self.settings.negative])
         for done, prompt in enumerate(missing):
             if progress is not None:
                 progress(done, len(missing))
-            if self._clip is None:
-                raise ValueError(
-                    f"Nothing tells how to encode '{prompt[:60]}': connect a CLIP, or conditionings of the "
-                    "texts and, with a cfg other than 1, a negative one."
-                )
-            tokens = self._clip.tokenize(prompt)
-            self._encoded[prompt] = _encoded(self._clip.encode_from_tokens_scheduled(tokens), prompt)
+            self._encoded[prompt] = self._encode(prompt)
+            if not self._first[0]:
+                self._first = self._encoded[prompt].sequence.shape[1], self._encoded[prompt].extra
         lengths = {p: self._encoded[p].sequence.shape[1] for p in prompts}
         usual = min(lengths.values(), default=0)
         for prompt, length in lengths.items():
@@ -154,6 +195,23 @@ class ComfyHost:
                     f"'{prompt[:60]}' has {length} text tokens where others have {usual}, and activations "
                     "pair up token by token: shorten it."
                 )
+
+    def _take(self, prompt: str, conditioning: Conditioning, what: str) -> None:
+        sequence, pooled, extra = _parts(conditioning, what)
+        self._given[prompt] = Held(sequence, "conditioning"), Held(pooled, "conditioning"), extra
+
+    def _encode(self, prompt: str) -> Encoded:
+        if prompt in self._given:
+            sequence, pooled, extra = self._given[prompt]
+            return Encoded(sequence().cpu(), pooled().cpu(), extra)
+        if self._held_clip is None:
+            raise ValueError(
+                f"Nothing tells how to encode '{prompt[:60]}': connect a CLIP, or conditionings of the "
+                "texts and, with a cfg other than 1, a negative one."
+            )
+        clip = self._held_clip()
+        sequence, pooled, extra = _parts(clip.encode_from_tokens_scheduled(clip.tokenize(prompt)), prompt)
+        return Encoded(sequence.cpu(), pooled.cpu(), extra)
 
     def sample(
         self,
@@ -241,8 +299,8 @@ class ComfyHost:
         return rearrange(tokens, pattern, h=rows // PATCH, p=PATCH, q=PATCH)
 
 
-def _encoded(conditioning: Conditioning, prompt: str) -> Encoded:
-    """Raises ValueError on anything but one plain encoded prompt."""
+def _parts(conditioning: Conditioning, prompt: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Sequence, pooled vector and the rest. Raises ValueError on anything but one plain encoded prompt."""
     if len(conditioning) != 1:
         raise ValueError(
             f"The conditioning of '{prompt[:60]}' is made of {len(conditioning)}: activations are captured "
@@ -255,7 +313,7 @@ def _encoded(conditioning: Conditioning, prompt: str) -> Encoded:
             raise ValueError(f"The conditioning of '{prompt[:60]}' has a {name}: encode plain text only.")
     if said.get("pooled_output") is None:
         raise ValueError(f"The conditioning of '{prompt[:60]}' lacks a pooled output: use the model's CLIP.")
-    return Encoded(sequence.cpu(), said["pooled_output"].cpu(), extra)
+    return sequence, said["pooled_output"], extra
 
 
 def _stop_if_interrupted(*step: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .workspace import digest
+from ...safedig_core.files import digest
 
 Prompt = dict[str, dict[str, Any]]  # as ComfyUI executes it: node -> {"class_type", "inputs"}
 

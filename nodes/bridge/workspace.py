@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
 import shutil
@@ -37,11 +35,6 @@ def run_folder(name: str) -> Path:
     if folder.resolve().parent != root.resolve():
         raise ValueError(f"{folder} is a link that leads elsewhere: choose another name, or remove it.")
     return folder
-
-
-def digest(*values: Any) -> str:
-    """16 hex digits that stand for these settings."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class Progress:
@@ -107,3 +100,18 @@ def free_memory() -> float:
     from comfy.model_management import get_free_memory
 
     return float(get_free_memory(torch.device("cpu")))
+
+
+def training_device(device: Any, needed: float) -> str:
+    """Where `needed` bytes can be trained in: `device`, the model's, once enough of what ComfyUI has loaded
+    there is moved out; or the CPU."""
+    from comfy import model_management
+
+    if device.type != "cuda":
+        return "cpu"
+    model_management.free_memory(needed, device)
+    free = model_management.get_free_memory(device)
+    if free < needed:
+        log.info(f"Training takes {size(needed)} and {device} has {size(free)}: it runs on the CPU instead")
+        return "cpu"
+    return str(device)

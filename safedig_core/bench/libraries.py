@@ -157,7 +157,11 @@ def training_rows(
             sae = trainer(data, s, lr)
         step = median(after - before for before, after in pairwise(data.times))
         rows.append(
-            {"library": library, "tokens_per_s": s.batch / step, **quality(with_l0(sae, s.k, unseen), unseen)}
+            {
+                "library": library,
+                "tokens_per_s": s.batch / step,
+                **quality(with_l0(sae, s.k, unseen), [unseen]),
+            }
         )
     return rows
 

@@ -7,55 +7,54 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..chain import build_adapter, build_dictionary, complete_dictionary
+from ..chain import Chain, require_name
 from ..dictionary.card import card_text
-from ..dictionary.dictionary import Dictionary, check
+from ..dictionary.dictionary import Dictionary, check, read_card
+from ..files import sha256_of
 from ..hub.transfer import locate
 from ..interop.convert import export_saelens, import_saes, save_imported
 from ..positions import Architecture
 from ..progress import Progress
 from ..prompts import read_prompts
-from ..recipe import Recipe
-from ..routing import chosen, route, route_table
+from ..recipe import Credits, Recipe
+from ..routing import chosen, route, route_table, scored
 from ..store.capture import capture, store_settings
 from ..store.store import ActivationStore, ActivationWriter
 
 if TYPE_CHECKING:  # diffusers: only where a model is loaded
+    from ..hosts.host import Host
     from ..hosts.pipeline import PipelineHost
     from ..pocket.model import PocketModel
 
 FULL_SIZE = "diffusers:"
 
 
-def load_host(model: str) -> PocketModel:
-    from ..pocket.model import load_pocket
-
-    return load_pocket(model)
-
-
-def load_any(o: argparse.Namespace) -> PocketModel | PipelineHost:
-    """The model of a command that makes dictionaries: a pocket model, or one of full size."""
+def load_model(o: argparse.Namespace) -> PocketModel | PipelineHost:
+    """A pocket model, or one of full size."""
     if not o.model.startswith(FULL_SIZE):
-        return load_host(o.model)
+        from ..pocket.model import load_pocket
+
+        return load_pocket(o.model)
     from ..hosts.pipeline import load_pipeline
 
     return load_pipeline(o.model.removeprefix(FULL_SIZE), o.size)
 
 
-def load_captured(o: argparse.Namespace, store: ActivationStore) -> PocketModel | PipelineHost:
-    """The model that `store` was captured from. Raises ValueError where it can't be that."""
-    host = load_any(o)
-    if host.architecture != store.architecture:
-        raise ValueError(
-            f"{o.store} was captured from a {store.architecture.describe()}, and --model {o.model} is a "
-            f"{host.architecture.describe()}"
-        )
-    return host
+def chain_of(o: argparse.Namespace, store: ActivationStore, progress: Progress) -> Chain:
+    """What makes dictionaries of `store`, with the model, prompts and recipe that were asked for."""
+
+    def load() -> Host:
+        host = load_model(o)
+        if host.name != store.settings.model:
+            print(f"note: captured from '{store.settings.model}'; is '{host.name}' the same model?")
+        return host
+
+    return Chain(load, store, read_prompts(o.tune), recipe_of(o), credits_of(o), progress, o.processes)
 
 
 def run_capture(o: argparse.Namespace, progress: Progress) -> dict:
     prompts = read_prompts(o.prompts)  # before a model that takes minutes to load
-    host = load_any(o)
+    host = load_model(o)
     settings = store_settings(
         host,
         prompts,
@@ -90,92 +89,58 @@ def run_route(o: argparse.Namespace, progress: Progress) -> dict:
 
 def run_train(o: argparse.Namespace, progress: Progress) -> dict:
     store = ActivationStore(o.store)
-    positions = o.positions
+    chain = chain_of(o, store, progress)
+    chain.require(o.out, o.source, o.positions or ())
+    routes, positions = [], o.positions
     if positions is None:
-        positions = chosen(route(store, o.source, o.target), store.architecture)
+        routes = route(store, o.source, o.target or o.source)
+        positions = chosen(routes, store.architecture)
         print(f"routed to {', '.join(positions)}")
-    o.work.mkdir(parents=True, exist_ok=True)
-    tune = read_prompts(o.tune)
-    host = load_captured(o, store)
-    curves = build_dictionary(
-        o.out,
-        host,
-        store,
-        positions,
-        o.source,
-        tune,
-        recipe_of(o),
-        title=o.title or f"{o.source} for {host.name}",
-        creator=o.creator,
-        licence={"data": o.data_licence, "weights": o.weights_licence},
-        checkpoints=o.work,
-        progress=progress,
-        processes=o.processes,
-        batch=host.batch,
-    )
+    curves = chain.train(o.out, o.source, scored(routes, positions), o.work, o.overwrite)
     if o.processes.rank:
         return {}
-    print(card_text(Dictionary.open(o.out).card))
+    print(card_text(read_card(o.out)))
     return {"dictionary": str(o.out), "curves": curves}
 
 
 def run_adapt(o: argparse.Namespace, progress: Progress) -> dict:
-    dictionary, store = Dictionary.open(o.dictionary), ActivationStore(o.store)
-    dictionary.check_fits(store.architecture)
-    tune = read_prompts(o.tune)
-    host = load_captured(o, store)
-    build_adapter(
-        o.out,
-        host,
-        store,
-        dictionary,
-        o.domain,
-        o.source,
-        tune,
-        recipe_of(o),
-        title=o.title or f"{o.domain} for {dictionary.card.title}",
-        creator=o.creator,
-        licence={"data": o.data_licence, "weights": o.weights_licence},
-        progress=progress,
-        batch=host.batch,
-    )
+    dictionary = Dictionary.open(o.dictionary)
+    chain = chain_of(o, ActivationStore(o.store), progress)
+    chain.adapt(o.out, dictionary, o.domain, o.source, o.overwrite)
     print(card_text(dictionary.with_adapters(o.out).card))
     return {"adapter": str(o.out), "base_sha256": dictionary.sha256}
 
 
 def run_import(o: argparse.Namespace, progress: Progress) -> dict:
-    store = ActivationStore(o.store) if o.store else None
-    if store is not None:
-        architecture = store.architecture
-    elif o.like is not None:
-        architecture = Dictionary.open(o.like).card.architecture
-    elif o.architecture is not None:
-        architecture = architecture_of(o.architecture)
-    else:
-        architecture = load_host(o.model).architecture
-    saes, origins = import_saes({position: Path(folder) for position, folder in o.sae}, architecture, store)
-    card = {
-        "title": o.title or f"imported from {', '.join(sorted({e['library'] for e in origins.values()}))}",
-        "creator": o.creator,
-        "licence": {"data": o.data_licence, "weights": o.weights_licence},
-    }
-    if o.source is None:
-        save_imported(o.out, saes, origins, architecture, store, **card)
-    elif store is None or o.tune is None:
+    if o.source is not None and (o.store is None or o.tune is None):
         raise ValueError("--source needs --store, whose pairs choose its features, and --tune")
+    store = ActivationStore(o.store) if o.store else None
+    folders = {position: Path(folder) for position, folder in o.sae}
+    if o.source is None or store is None:
+        require_name(o.out, o.overwrite)
+        architecture = import_architecture(o, store)
+        saes, origins = import_saes(folders, architecture, store)
+        save_imported(o.out, saes, origins, architecture, credits_of(o), store)
     else:
-        host, pairs, recipe = load_host(o.model), read_prompts(o.tune), recipe_of(o)
-        training = asdict(recipe) | {"imported": origins}
-        del training["train"]  # what trained it is not known
-        complete_dictionary(
-            o.out, host, store, saes, o.source, pairs, recipe, training=training, progress=progress, **card
-        )
-    print(card_text(Dictionary.open(o.out).card))
+        chain = chain_of(o, store, progress)
+        chain.require(o.out, o.source, folders)
+        saes, origins = import_saes(folders, store.architecture, store)
+        chain.complete(o.out, o.source, saes, origins, o.overwrite)
+    print(card_text(read_card(o.out)))
     for position, origin in origins.items():
         if "approximation" in origin:
             figures = ", ".join(f"{name} {value:.4g}" for name, value in origin["approximation"].items())
             print(f"  {position}: one threshold in place of the k largest features of a token: {figures}")
     return {"dictionary": str(o.out), "imported": origins}
+
+
+def import_architecture(o: argparse.Namespace, store: ActivationStore | None) -> Architecture:
+    """Of the model that imported SAEs are for."""
+    if store is not None:
+        return store.architecture
+    if o.like is not None:
+        return read_card(o.like).architecture
+    return load_model(o).architecture if o.architecture is None else architecture_of(o.architecture)
 
 
 def run_export(o: argparse.Namespace, progress: Progress) -> dict:
@@ -204,12 +169,16 @@ def recipe_of(o: argparse.Namespace) -> Recipe:
     return replace(recipe, train=replace(recipe.train, **settings, seed=o.seed))
 
 
+def credits_of(o: argparse.Namespace) -> Credits:
+    return Credits(o.title, o.creator, o.data_licence, o.weights_licence)
+
+
 def run_inspect(o: argparse.Namespace, progress: Progress) -> dict:
     path = locate(o.file, progress=progress)
-    dictionary = Dictionary.open(path)
-    print(f"{path}  SHA-256 {dictionary.sha256}")
-    print(card_text(dictionary.card))
-    return {"file": str(path), "sha256": dictionary.sha256, "card": dictionary.card.to_json()}
+    card, sha256 = read_card(path), sha256_of(path)
+    print(f"{path}  SHA-256 {sha256}")
+    print(card_text(card))
+    return {"file": str(path), "sha256": sha256, "card": card.to_json()}
 
 
 def run_check(o: argparse.Namespace, progress: Progress) -> dict:
@@ -220,11 +189,12 @@ def run_check(o: argparse.Namespace, progress: Progress) -> dict:
 
 
 def run_evaluate(o: argparse.Namespace, progress: Progress) -> dict:
+    from ..pocket.model import load_pocket
     from ..pocket.study import evaluate_dictionary
 
     dictionary = Dictionary.open(o.dictionary).with_adapters(*o.adapter)
     return evaluate_dictionary(
-        load_host(o.model),
+        load_pocket(o.model),
         dictionary,
         read_prompts(o.prompts) if o.prompts else None,
         seed=o.seed,

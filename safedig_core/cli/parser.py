@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import NoReturn
 
-from .. import __version__
+from .. import __version__, seeds
 from ..distributed import Interrupted, joined
 from ..pocket.model import MODELS
 from ..progress import ProgressLine
@@ -31,10 +32,30 @@ from .commands import (
 from .hub import add_commands
 
 
+class Parser(argparse.ArgumentParser):
+    """Ends in one line, as everything else does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help says more)\n")
+
+
+def count(text: str) -> int:
+    """A whole number from 1 up."""
+    return _whole(text, 1, 1 << 53)
+
+
+def seed(text: str) -> int:
+    return _whole(text, 0, seeds.MOST - 1)
+
+
+def _whole(text: str, least: int, most: int) -> int:
+    if not (text.isdecimal() and text.isascii() and least <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f"{text:.40} is not a whole number from {least} to {most}")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m safedig_core", description="SafeDIG: steer inside the model."
-    )
+    top = Parser(prog="python -m safedig_core", description="SafeDIG: steer inside the model.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
 
@@ -46,13 +67,15 @@ def parser() -> argparse.ArgumentParser:
 
     def model(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--model", default=MODELS[0], choices=MODELS)
-        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--seed", type=seed, default=0)
 
     def any_model(sub: argparse.ArgumentParser) -> None:
         known = f"{', '.join(MODELS)}, or {FULL_SIZE}<folder or repository> of FLUX.1 or SD3.5"
         sub.add_argument("--model", default=MODELS[0], help=known)
-        sub.add_argument("--size", type=int, default=1024, help="of a full-size model's pictures, in pixels")
-        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument(
+            "--size", type=count, default=1024, help="of a full-size model's pictures, in pixels"
+        )
+        sub.add_argument("--seed", type=seed, default=0)
 
     def names(text: str) -> list[str]:
         return [name.strip() for name in text.split(",") if name.strip()]
@@ -60,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     def evaluation(sub: argparse.ArgumentParser) -> None:
         model(sub)
         sub.add_argument("--prompts", type=Path, help="evaluation set, in place of the shipped one")
-        sub.add_argument("--images-per-prompt", type=int, default=1)
+        sub.add_argument("--images-per-prompt", type=count, default=1)
 
     def recipe(sub: argparse.ArgumentParser, required: bool = True) -> None:
         sub.add_argument(
@@ -80,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--data-licence", default="")
         sub.add_argument("--weights-licence", default="")
         sub.add_argument("--out", type=Path, required=True)
+        sub.add_argument("--overwrite", action="store_true", help="replace --out, whatever is there")
 
     sub = command("demo", run_demo, "the whole method on the pocket model, with a report")
     evaluation(sub)
@@ -90,15 +114,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompts", type=Path, required=True)
     sub.add_argument("--store", type=Path, required=True)
     sub.add_argument("--positions", type=names, help="comma-separated; default: all")
-    sub.add_argument("--steps", type=int, default=6, help="how many sampling steps to capture")
-    sub.add_argument("--tokens", type=int, help="tokens per image; default: all")
-    sub.add_argument("--pairs-per-shard", type=int, help="sampled at once; default: 12, or what fits")
+    sub.add_argument("--steps", type=count, default=6, help="how many sampling steps to capture")
+    sub.add_argument("--tokens", type=count, help="tokens per image; default: all")
+    sub.add_argument("--pairs-per-shard", type=count, help="sampled at once; default: 12, or what fits")
 
     sub = command("route", run_route, "score positions and operators before any training")
     sub.add_argument("--store", type=Path, required=True)
     sub.add_argument("--source", required=True)
     sub.add_argument("--target", required=True)
-    sub.add_argument("--target-pairs", type=int, default=16)
+    sub.add_argument("--target-pairs", type=count, default=16)
 
     sub = command("train", run_train, "train a dictionary on the source domain")
     any_model(sub)
@@ -109,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--work", type=Path, default=Path("out/train"), help="folder for checkpoints")
     sub.add_argument("--kind", choices=("batch_topk", "relu_l1"))
     for name in ("features", "k", "steps", "batch"):
-        sub.add_argument(f"--{name}", type=int)
+        sub.add_argument(f"--{name}", type=count)
     recipe(sub)
 
     sub = command("adapt", run_adapt, "adapt a dictionary's decoder to one more domain")
@@ -121,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
     recipe(sub)
 
     sub = command("import", run_import, "a dictionary from SAEs of SAELens, sparsify or dictionary_learning")
-    model(sub)
+    any_model(sub)
     sub.add_argument(
         "--sae",
         nargs=2,

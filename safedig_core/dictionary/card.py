@@ -163,6 +163,8 @@ def card_text(card: Card) -> str:
         f"{card.title or '(untitled)'}  by {card.creator or 'unknown'}",
         f"  for a {card.architecture.describe()}",
     ]
+    if card.base_sha256:
+        lines.append(f"  an adapter of the dictionary with SHA-256 {card.base_sha256}")
     for name, info in card.positions.items():
         figures = ", ".join(f"{k} {v:.3g}" for k, v in info.quality.items())
         lines.append(f"  {name:14} {info.prefix} harmful features first; {figures}")
@@ -176,9 +178,10 @@ def card_text(card: Card) -> str:
                 f"prompts opened it; witnesses {', '.join(g.norms)}"
             )
     for a in card.plan:
+        routed = f"; routing score {a.score['score']:.2f}" if "score" in a.score else ""
         lines.append(
             f"  plan: {a.domain or 'all domains'}: {a.operator} ({a.form}) {a.strength:g} at {a.position} "
-            f"while sigma is in {a.window[0]:g} to {a.window[1]:g}"
+            f"while sigma is in {a.window[0]:g} to {a.window[1]:g}{routed}"
         )
     lines.append(
         f"  licence: data {card.licence['data'] or 'not stated'}; "

@@ -47,6 +47,7 @@ __all__ = [
     "PositionInfo",
     "Window",
     "check",
+    "read_card",
     "save_adapter",
     "save_dictionary",
 ]
@@ -209,6 +210,12 @@ def check(path: PathLike) -> Card:
         file = _File(path)
         file.verify()
         return file.card
+
+
+def read_card(path: PathLike) -> Card:
+    """The card of a dictionary or an adapter; its header is checked, its tensors are not read."""
+    with _blame(path):
+        return _File(path).card
 
 
 def _save(path: PathLike, kind: str, card: Card, tensors: dict[str, Tensor], adapters: Adapters) -> None:

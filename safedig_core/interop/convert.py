@@ -21,6 +21,7 @@ from ..dictionary.dictionary import Dictionary, save_dictionary
 from ..features import split
 from ..files import replacing
 from ..positions import Architecture
+from ..recipe import Credits
 from ..sae import SAE, quality
 from ..store.store import ActivationStore
 from .formats import ForeignError, read_foreign
@@ -76,24 +77,23 @@ def save_imported(
     saes: dict[str, SAE],
     origins: dict[str, dict[str, Any]],
     architecture: Architecture,
+    credits: Credits,
     store: ActivationStore | None = None,
-    *,
-    title: str,
-    creator: str,
-    licence: dict[str, str],
 ) -> None:
     """A dictionary without domains, for `adapt` to add some; measured on `store` if there is one."""
     infos = {position: PositionInfo(0) for position in saes}
     if store is not None:
         for position, sae in saes.items():
-            infos[position].quality = quality(sae, store.tokens(position, split(store.indices())[1]))
+            infos[position].quality = quality(
+                sae, (store.tokens(position, [pair]) for pair in split(store.indices())[1])
+            )
     card = Card(
         architecture,
         positions=infos,
         training={"imported": origins},
-        licence=licence,
-        creator=creator,
-        title=title,
+        licence=credits.licence,
+        creator=credits.creator,
+        title=credits.title or f"imported from {', '.join(sorted({o['library'] for o in origins.values()}))}",
     )
     save_dictionary(path, card, saes)
 
@@ -123,7 +123,7 @@ def thresholded(sae: SAE, k: int, tokens: Tensor) -> tuple[SAE, dict[str, float]
         wrong += (exact - part).double().square().sum().item()
         lost += (exact - result.reconstruct(part)).double().square().sum().item()
     total = max((held_out - held_out.mean(0)).double().square().sum().item(), 1e-12)
-    measured = quality(result, held_out)
+    measured = quality(result, [held_out])
     return result, {
         "k": k,
         "l0": measured["l0"],

@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..chain import build_adapter, build_dictionary
+from ..chain import Chain
 from ..dictionary.dictionary import Dictionary
 from ..progress import Progress
 from ..prompts import PromptPair
-from ..recipe import Recipe
-from ..routing import Route, chosen, route, route_table
+from ..recipe import Credits, Recipe
+from ..routing import Route, chosen, route, route_table, scored
 from ..store.capture import capture, store_settings
 from ..store.store import ActivationStore, ActivationWriter
+from ..training import Curve
 from .model import PocketModel, load_pocket
 from .study import controls_for, evaluate_dictionary, shipped
 
 SOURCE, TARGET = "weapons", "substances"
-LICENCE = {"data": "synthetic scenes of Noto and Twemoji artwork", "weights": "Apache-2.0"}
+DATA_LICENCE, WEIGHTS_LICENCE = "synthetic scenes of Noto and Twemoji artwork", "Apache-2.0"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Made:
     store: ActivationStore
     routes: list[Route]
     positions: list[str]
-    curves: dict[str, list[dict[str, float]]]
+    curves: dict[str, Curve]
 
     @property
     def dictionary(self) -> Dictionary:
@@ -54,17 +55,13 @@ def make(
     (out / "routing.json").write_text(json.dumps([asdict(r) for r in routes], indent=1))
     print(route_table(routes[:8]), f"\nchosen: {', '.join(positions)}\n")
 
-    card = {"creator": creator, "licence": LICENCE, "progress": progress}
+    credits = Credits(creator=creator, data_licence=DATA_LICENCE, weights_licence=WEIGHTS_LICENCE)
+    chain = Chain(lambda: host, store, tune, recipe, credits, progress)
     paths = {domain: out / f"{host.name}-{domain}.safetensors" for domain in (SOURCE, *targets)}
-    curves = build_dictionary(
-        paths[SOURCE], host, store, positions, SOURCE, tune, recipe,
-        title=f"{SOURCE} for {host.name}", checkpoints=out, **card,
-    )  # fmt: skip
+    curves = chain.train(paths[SOURCE], SOURCE, scored(routes, positions), out / "work", overwrite=True)
     for target in targets:
-        build_adapter(
-            paths[target], host, store, Dictionary.open(paths[SOURCE]), target, SOURCE, tune, recipe,
-            title=f"{target} for {host.name}", **card,
-        )  # fmt: skip
+        dictionary = Dictionary.open(paths[SOURCE])
+        chain.adapt(paths[target], dictionary, target, SOURCE, overwrite=True)
     return Made(paths, store, routes, positions, curves)
 
 

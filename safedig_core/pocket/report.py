@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..dictionary.dictionary import Dictionary
-from ..evaluation import Outcome, prompt_of, seed_of
+from ..evaluation import Outcome, prompt_of
 from ..hosts.host import Host, PictureHost
 from ..prompts import PromptPair
 from ..routing import Route
+from ..seeds import of_evaluation
 from ..steering.site import Site, compile_site
 
 _STYLE = """
@@ -220,7 +221,9 @@ def write_report(
         text = "Evidence of each image in the steered run; nothing was calibrated on these prompts or noise."
         figures.append(Figure("The evidence gate", text, pictures.roc_curves(results["gates"]), plot=True))
     shown = [i for domain in domains or ["safe"] for i in spread(pairs, domain, 4)]
-    maps = heat(host, dictionary, captions(shown), [seed_of(results["seed"], i * per_prompt) for i in shown])
+    maps = heat(
+        host, dictionary, captions(shown), [of_evaluation(results["seed"], i * per_prompt) for i in shown]
+    )
     text = (
         "Where the harmful features fire in the unsteered run, summed over its steps: each domain's, and the "
         "strongest single feature of each."

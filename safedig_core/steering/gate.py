@@ -17,9 +17,9 @@ from ..dictionary.dictionary import Dictionary, Gate, Window
 from ..evaluation import roc
 from ..hosts.host import Host
 from ..prompts import PromptPair
+from ..seeds import CALIBRATION
 from .site import Site, Windows, compile_site
 
-CALIBRATION_SEED = 1_000_000
 WITNESS_AUROC = 0.9  # weaker positions only add false alarms to the running maximum
 STRONGEST = 1 / 8  # of an image's tokens: what is risky may be small
 
@@ -133,7 +133,7 @@ def calibrate(
         raise ValueError(f"{dictionary.path}: its plan has no action where '{domain}' has features")
     if not unsafe:
         raise ValueError(f"the prompts for calibration have no unsafe one of '{domain}'")
-    seen = probe(host, dictionary, [domain], windows, safe + unsafe, CALIBRATION_SEED, progress)[:, :, 0]
+    seen = probe(host, dictionary, [domain], windows, safe + unsafe, CALIBRATION, progress)[:, :, 0]
     return calibrated_gate(windows, seen[: len(safe)], seen[len(safe) :], false_positive_rate)
 
 

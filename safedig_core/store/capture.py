@@ -11,6 +11,7 @@ from ..distributed import ALONE, Group
 from ..hosts.host import Host
 from ..hosts.taps import RecordTap
 from ..prompts import PromptPair
+from ..seeds import of_capture
 from .settings import StoreSettings
 from .store import ActivationWriter
 
@@ -23,7 +24,7 @@ def capture(
 ) -> None:
     """Fills `writer`'s store with what is missing; `progress(done, total)` counts shards.
 
-    Both prompts of a pair start from the noise of seed `settings.seed + pair index` and are
+    Both prompts of a pair start from noise of their own and are
     sampled in one batch, so their activations pair up by step and token. Each of several `processes`
     takes its share of the shards, and `progress` counts those; it returns when its own are written.
     """
@@ -40,7 +41,7 @@ def capture(
         for pair in pairs:
             prompt = settings.prompts[pair]
             prompts += [prompt.safe] if prompt.unsafe is None else [prompt.unsafe, prompt.safe]
-            seeds += [settings.seed + pair] * sides
+            seeds += [of_capture(settings.seed, pair)] * sides
 
         def tokens(position: str, total: int, pairs: list[int] = pairs, sides: int = sides) -> Tensor:
             rows = [writer.sample_tokens(pair, position, total) for pair in pairs]

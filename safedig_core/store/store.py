@@ -32,6 +32,7 @@ from ..files import PathLike, blame, clear_parts, need, read_all, replacing, sha
 from .settings import StoreSettings
 
 MAX_JSON = 64 << 20  # bytes
+BUFFER = 65_536  # tokens that are shuffled at a time
 
 _REMEDY = "Get the store again from its source, or capture it anew."
 _DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32"}  # as a file's header has them
@@ -173,6 +174,11 @@ class ActivationStore:
         """[P, sides, S, K, d] bfloat16 of pairs of one kind."""
         return self._stack(position, pairs)
 
+    def each(self, position: str, pairs: Sequence[int]) -> Iterator[Tensor]:
+        """[sides, S, K, d] bfloat16 of one pair after the other: one is in memory at a time."""
+        for pair in pairs:
+            yield self._rows(position, [pair])[0]
+
     def latents(self, pairs: Sequence[int]) -> Tensor:
         """[P, sides, ...] float32 of pairs of one kind."""
         return self._stack("latents", pairs)
@@ -211,7 +217,7 @@ class ActivationStore:
         pairs: Sequence[int] | None = None,
         sides: Sequence[int] = (0, 1),
         steps: Sequence[int] | None = None,
-        buffer: int = 65_536,
+        buffer: int = BUFFER,
     ) -> Iterator[Tensor]:
         """Shuffled [size, d] float32, each token once per epoch; an epoch's last batch may be smaller.
 

@@ -48,7 +48,7 @@ def kill_when(command: list[str], seen: Path, count: int) -> None:
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
-    while len(list(seen.parent.glob(seen.name))) < count:
+    while len(list(seen.parent.rglob(seen.name))) < count:
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -157,13 +157,16 @@ def test_exported_and_imported_again_it_is_the_same_dictionary(
     ("command", "complaint"),
     [
         (
-            ["import", "--sae", "text", "no", "--out", "d", "--architecture", "flux,1,1,8,8"],
+            ["import", "--sae", "text", "no", "--out", "d.safetensors", "--architecture", "flux,1,1,8,8"],
             "no: there is no SAE",
         ),
-        (["import", "--sae", "joint.0.img", "no", "--out", "d"], "has no position 'joint.0.img'"),
-        (["import", "--sae", "text", "no", "--out", "d", "--architecture", "flux,1"], "'flux,1' is no"),
+        (["import", "--sae", "joint.0.img", "no", "--out", "d.safetensors"], "has no position 'joint.0.img'"),
         (
-            ["import", "--sae", "text", "no", "--out", "d", "--like", "no.safetensors"],
+            ["import", "--sae", "text", "no", "--out", "d.safetensors", "--architecture", "flux,1"],
+            "'flux,1' is no",
+        ),
+        (
+            ["import", "--sae", "text", "no", "--out", "d.safetensors", "--like", "no.safetensors"],
             "no.safetensors: there is no such file",
         ),
         (["check", "missing.safetensors"], "missing.safetensors: there is no such file"),

@@ -212,7 +212,10 @@ def test_the_command_line_makes_a_dictionary_and_an_adapter(
     pairs += [PromptPair("shocking", f"a {t} in paint", f"a {t} in blood") for t in things]
     pairs += [PromptPair("safe", f"a small {t}") for t in things]
     write_prompts(tmp_path / "train.jsonl", pairs)
-    write_prompts(tmp_path / "tune.jsonl", [PromptPair(p.domain, f"{p.safe}!", p.unsafe) for p in pairs])
+    write_prompts(
+        tmp_path / "tune.jsonl",
+        [PromptPair(p.domain, f"{p.safe}!", p.unsafe and f"{p.unsafe}!") for p in pairs],
+    )
     both = {"flux": "text,single.0.img", "sd3": "text,joint.1.img"}[
         "flux" if "flux" in folder.name else "sd3"
     ]
@@ -250,7 +253,14 @@ def test_the_command_line_makes_a_dictionary_and_an_adapter(
     assert card.title == f"violence for {folder.name}"
     assert card.domains["violence"].gate is not None
     assert "shocking" in Dictionary.open(out).with_adapters(adapter).card.domains
+    position = both.split(",")[1]
+    assert cli.main(["export", "--dictionary", str(out), "--position", position, "--out", str(tmp_path)]) == 0
+    given = ["import", "--sae", position, str(tmp_path), *common, "--out"]
+    assert cli.main([*given, str(tmp_path / "i.safetensors")]) == 0
+    assert check(tmp_path / "i.safetensors").domains["violence"].gate is not None
     capsys.readouterr()
-    assert cli.main(["train", *store, "--tune", str(tmp_path / "tune.jsonl"), "--source", "violence",
-                     "--positions", both, "--out", str(out)]) == 1  # fmt: skip
-    assert "was captured from a" in capsys.readouterr().err
+    for command in (["train", *common, "--positions", both, "--out"], given):  # by the default model
+        command = [word for word in command if word not in model]
+        assert cli.main([*command, str(tmp_path / "other.safetensors")]) == 1
+        assert "was captured from a" in capsys.readouterr().err
+    assert not (tmp_path / "other.safetensors").exists()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safedig_core.chain import build_adapter, complete_dictionary
+from safedig_core.chain import Chain
 from safedig_core.dictionary.dictionary import Card, Dictionary, PositionInfo, save_dictionary
 from safedig_core.interop.convert import (
     export_saelens,
@@ -27,12 +27,10 @@ from safedig_core.interop.convert import (
 )
 from safedig_core.interop.formats import ForeignError
 from safedig_core.prompts import PromptPair
-from safedig_core.recipe import Recipe
+from safedig_core.recipe import Credits, Recipe
 from safedig_core.sae import quality
-from safedig_core.store.capture import capture
-from safedig_core.store.settings import StoreSettings
-from safedig_core.store.store import ActivationStore, ActivationWriter
-from tests.tiny import TINY, TinyHost, random_sae
+from safedig_core.store.store import ActivationStore
+from tests.tiny import TINY, MeasuredHost, TinyHost, captured, random_sae
 
 WIDTH, FEATURES, K = 16, 40, 5
 SAELENS = {
@@ -204,7 +202,7 @@ def test_nothing_changes_where_all_features_are_kept() -> None:
     result, figures = thresholded(sae, FEATURES, activations())
     assert figures["difference"] == 0
     assert figures["l0"] == FEATURES
-    assert figures["fvu"] == pytest.approx(quality(result, activations()[1::2])["fvu"])
+    assert figures["fvu"] == pytest.approx(quality(result, [activations()[1::2]])["fvu"])
 
 
 def saved(path: Path, sae: Any) -> Dictionary:
@@ -331,32 +329,24 @@ def test_bad_json_is_refused(tmp_path: Path) -> None:
 # what is made of an imported SAE
 
 
-class Measured(TinyHost):
-    """With a loss: how far its samples are from what was captured."""
-
-    def denoising_loss(
-        self, prompts: Any, latents: Tensor, seeds: Any, sigma: float, tap: Any = None
-    ) -> float:
-        return (self.sample(prompts, seeds, tap) - latents).square().mean().item()
+WORDS = "cat dog cow pig hen fox owl bee".split()
 
 
 @pytest.fixture(scope="module")
 def store(tiny_flux: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
-    words = "cat dog cow pig hen fox owl bee".split()
-    prompts = [PromptPair("weapons", f"a {word} and a book", f"a {word} and a pistol") for word in words]
-    prompts += [PromptPair("safe", f"a {word}") for word in words]
-    chosen = StoreSettings(TINY, ("text", "double.1.img"), "tiny", tuple(prompts), (0, 2))
-    folder = tmp_path_factory.mktemp("store")
-    capture(TinyHost(tiny_flux), ActivationWriter.open(folder, chosen))
-    return ActivationStore(folder)
+    prompts = [PromptPair("weapons", f"a {word} and a book", f"a {word} and a pistol") for word in WORDS]
+    prompts += [PromptPair("safe", f"a {word}") for word in WORDS]
+    return captured(TinyHost(tiny_flux), tmp_path_factory.mktemp("store"), prompts, ["text", "double.1.img"])
 
 
 def test_an_imported_sae_becomes_a_dictionary_like_one_of_ours(
     store: ActivationStore, tiny_flux: torch.nn.Module, tmp_path: Path
 ) -> None:
     """Exported and imported, SAEs are completed, or adapted later, to the same domain."""
-    host, pairs, recipe = Measured(tiny_flux), store.prompts, Recipe(specificity=0.5, most_features=5)
-    about: dict[str, Any] = {"title": "", "creator": "", "licence": {"data": "", "weights": ""}}
+    tune = [PromptPair("weapons", f"a red {word}", f"a {word} and a bomb") for word in WORDS]
+    tune += [PromptPair("safe", f"a blue {word}") for word in WORDS]
+    recipe = Recipe(specificity=0.5, most_features=5)
+    chain = Chain(lambda: MeasuredHost(tiny_flux), store, tune, recipe, Credits())
     saes, folders = {}, {}
     for i, position in enumerate(store.positions):
         saes[position] = unit_rows(random_sae(FEATURES, TINY.width_of(position), i))
@@ -368,13 +358,12 @@ def test_an_imported_sae_becomes_a_dictionary_like_one_of_ours(
     made = []
     for name, those in (("ours", saes), ("imported", imported)):
         path = tmp_path / f"{name}.safetensors"
-        training: dict[str, Any] = {"imported": origins}
-        complete_dictionary(path, host, store, those, "weapons", pairs, recipe, training=training, **about)
+        chain.complete(path, "weapons", those, origins)
         made.append(Dictionary.open(path))
-    save_imported(tmp_path / "bare.safetensors", imported, origins, TINY, store, **about)
+    save_imported(tmp_path / "bare.safetensors", imported, origins, TINY, Credits(), store)
     bare = Dictionary.open(tmp_path / "bare.safetensors")
     adapter = tmp_path / "adapter.safetensors"
-    build_adapter(adapter, host, store, bare, "weapons", "weapons", pairs, recipe, **about)
+    chain.adapt(adapter, bare, "weapons", "weapons")
     made.append(bare.with_adapters(adapter))
 
     ours = made[0]

@@ -199,8 +199,11 @@ class BaseModel(nn.Module):
         return x - t[:, None, None, None] * velocity.float()
 
 
+CPU = torch.device("cpu")
+
+
 class ModelPatcher:
-    def __init__(self, model: Any, load_device: Any = None, offload_device: Any = None):
+    def __init__(self, model: Any, load_device: Any = CPU, offload_device: Any = CPU):
         self.model, self.load_device, self.offload_device = model, load_device, offload_device
         self.model_options: dict[str, Any] = {"transformer_options": {}}
         self.wrappers: dict[str, dict[str, list[Callable]]] = {}

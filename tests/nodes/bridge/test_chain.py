@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.nodes.bridge.test_host import SETTINGS, Clip
+from tests.nodes.bridge.test_host import Clip, host_of
 from tests.nodes.conftest import pack_module
 from tests.tiny import write_dictionary
 
@@ -23,9 +25,11 @@ PromptPair = pack_module("safedig_core.prompts").PromptPair
 recipe_module = pack_module("safedig_core.recipe")
 Recipe, Credits = recipe_module.Recipe, recipe_module.Credits
 TrainSettings = pack_module("safedig_core.training").TrainSettings
+store_settings = pack_module("safedig_core.store.capture").store_settings
 Action = pack_module("safedig_core.dictionary.dictionary").Action
 
 POSITIONS = ["double.1.img", "text"]
+OPERATORS = ("blend", "repel")
 RECIPE = Recipe(train=TrainSettings(features=32, k=4, steps=50, batch=64, warmup=5), specificity=0.1)
 CREDITS = Credits("a title", "me")
 
@@ -60,15 +64,14 @@ class Progress:
 @pytest.fixture
 def capture(world: Any, tmp_path: Path) -> Any:
     def run(name: str = "run", progress: Any = None, clip: Any = None, **changes: Any) -> tuple[Any, str]:
-        host = host_module.ComfyHost(world.model("flux"), clip or Clip(), SETTINGS, batch=4)
-        given = {
-            "positions": POSITIONS, "steps": 2, "tokens_per_image": 5, "seed": 0, "pairs_per_shard": 3,
-            "given": None, "negative": None,
-        }  # fmt: skip
+        given, negative = changes.pop("given", None), changes.pop("negative", None)
+        host = host_of(world, world.model("flux"), None if given else clip or Clip(), batch=4)
         lines = changes.pop("lines", pairs(0, 6))
-        return chain.capture_into(
-            tmp_path / name, host, lines, progress=progress or Progress(), **(given | changes)
-        )
+        texts = chain.texts_of(lines)
+        host.prepare(texts if given else texts[:1], given, negative)
+        chosen = {"positions": POSITIONS, "steps": 2, "tokens_per_image": 5, "seed": 0, "pairs_per_shard": 3}
+        settings = store_settings(host, lines, **(chosen | changes))
+        return chain.capture_into(tmp_path / name, host, settings, progress or Progress())
 
     return run
 
@@ -132,30 +135,28 @@ def test_a_started_capture_keeps_its_settings(capture: Any, tmp_path: Path) -> N
 
 
 def test_given_conditionings_are_enough(capture: Any, tmp_path: Path) -> None:
-    class NoClip:
-        pass
-
     texts = chain.texts_of(pairs(0, 6))
     given = [Clip().encode_from_tokens_scheduled(text) for text in texts]
     with_clip, _ = capture("clip")
-    captured, _ = capture(
-        "given", clip=NoClip(), given=given, negative=Clip().encode_from_tokens_scheduled("a blur")
-    )
+    captured, _ = capture("given", given=given, negative=Clip().encode_from_tokens_scheduled("a blur"))
     rows = captured.store.indices("weapons")
     for position in POSITIONS:
         assert torch.equal(captured.store.images(position, rows), with_clip.store.images(position, rows))
 
 
-def train(captured: Any, progress: Any = None, **changes: Any) -> Any:
-    given = {
-        "positions": POSITIONS,
-        "source": "weapons",
-        "calibration": pairs(50, 3),
-        "recipe": RECIPE,
-        "credits": CREDITS,
-    }
+def anything(what: str, done: int) -> bool:
+    return not what.endswith("is there already")
+
+
+def making(captured: Any, progress: Any = None, **changes: Any) -> Any:
+    given = {"calibration": pairs(50, 3), "given": None, "recipe": RECIPE, "credits": CREDITS}
+    return chain.Making(captured, progress=progress or Progress(), **(given | changes))
+
+
+def train(captured: Any, progress: Any = None, source: str = "weapons", **changes: Any) -> Any:
+    actions = [Action(p, o, "residual", 1.0) for p in changes.pop("positions", POSITIONS) for o in OPERATORS]
     with torch.inference_mode():  # as nodes are executed
-        return chain.train(captured, progress=progress or Progress(), **(given | changes))[0]
+        return making(captured, progress, **changes).train(source, actions)[0]
 
 
 def test_an_interrupted_training_goes_on_where_it_was(capture: Any, tmp_path: Path) -> None:
@@ -172,8 +173,8 @@ def test_an_interrupted_training_goes_on_where_it_was(capture: Any, tmp_path: Pa
     assert trained == [("text", 50)]
     assert dictionary.sha256 == whole.sha256
     assert dictionary.card.title == "a title" and dictionary.card.domains["weapons"].gate is not None
-    again = Progress(lambda *_: True)
-    assert train(captured, again).path == dictionary.path and again.seen == []
+    again = Progress(anything)
+    assert train(captured, again).path == dictionary.path and len(again.seen) == 1
     assert train(captured, credits=Credits("another")).path != dictionary.path
 
 
@@ -188,17 +189,16 @@ def test_interrupted_while_the_gate_is_calibrated_it_leaves_nothing_unfinished(c
 def test_one_more_domain(capture: Any) -> None:
     captured, _ = capture()
     dictionary = train(captured)
-    given = (captured, dictionary, "shock", "weapons", pairs(50, 3), RECIPE, CREDITS, Progress())
     with torch.inference_mode():
-        both, _ = chain.adapt(*given)
-        again, _ = chain.adapt(*given[:-1], Progress(lambda *_: True))
+        both = making(captured).adapt(dictionary, "shock", "weapons")
+        again = making(captured, Progress(anything)).adapt(dictionary, "shock", "weapons")
     assert list(both.card.domains) == ["weapons", "shock"] and both.sha256 == dictionary.sha256
     assert again.adapter_paths == both.adapter_paths
     with pytest.raises(ValueError, match="already has domain 'shock'"):
-        chain.adapt(captured, both, *given[2:])
+        making(captured).adapt(both, "shock", "weapons")
     narrow, _ = capture("narrow", positions=["text"])
-    with pytest.raises(ValueError, match=r"needs activations at double\.1\.img, which were not captured"):
-        chain.adapt(narrow, *given[1:])
+    with pytest.raises(ValueError, match=r"double\.1\.img was not captured, only text"):
+        making(narrow).adapt(dictionary, "shock", "weapons")
 
 
 @pytest.mark.parametrize(
@@ -209,14 +209,14 @@ def test_one_more_domain(capture: Any) -> None:
         ({"calibration": pairs(50, 2)[2:3]}, r"The calibration prompts have none of 'weapons'"),
         (
             {"source": "knives"},
-            r"Of 'knives' at least 4 pairs .* There are: 6 of weapons, 6 of shock, 6 of safe",
+            r"Of 'knives' at least 5 pairs .* There are: 6 of weapons, 6 of shock, 6 of safe",
         ),
     ],
 )
 def test_training_without_what_it_needs_is_refused(capture: Any, change: dict, message: str) -> None:
     captured, _ = capture()
     with pytest.raises(ValueError, match=message):
-        train(captured, Progress(lambda *_: True), **change)
+        train(captured, Progress(anything), **change)
 
 
 def test_training_that_can_not_fit_is_refused(capture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_training_that_can_not_fit_is_refused(capture: Any, monkeypatch: pytest.
             with pytest.raises(
                 ValueError, match=rf"can't fit. {what}: .* Choose fewer positions or features"
             ):
-                train(captured, Progress(lambda *_: True))
+                train(captured, Progress(anything))
 
 
 @pytest.fixture
@@ -311,3 +311,53 @@ def test_a_folder_that_is_a_link_elsewhere_is_refused(
     (root / "run").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="is a link that leads elsewhere"):
         work.run_folder("run")
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "expected"), [("cpu", 1e9, "cpu"), ("cuda:1", 1e9, "cuda:1"), ("cuda:1", 1.0, "cpu")]
+)
+def test_training_is_on_the_models_device_where_it_fits(
+    world: Any, monkeypatch: pytest.MonkeyPatch, device: str, free: float, expected: str
+) -> None:
+    """Others' weights are moved out first, as before any sampling."""
+    management, moved = sys.modules["comfy.model_management"], []
+    monkeypatch.setattr(management, "free_memory", lambda *given: moved.append(given), raising=False)
+    monkeypatch.setattr(management, "get_free_memory", lambda device: free)
+    assert work.training_device(torch.device(device), 1e6) == expected
+    assert moved == ([] if device == "cpu" else [(1e6, torch.device(device))])
+
+
+def test_a_capture_is_made_again_once_its_model_or_folder_has_gone(
+    world: Any, capture: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert chain.losses(folder) == 0  # nothing is there yet, and nothing was lost
+    capture()
+    assert [chain.losses(folder) for _ in range(2)] == [0, 0]
+    world.held.clear()
+    gc.collect()
+    assert [chain.losses(folder) for _ in range(2)] == [1, 1]
+    capture()
+    assert chain.losses(folder) == 1
+    shutil.rmtree(folder)
+    assert [chain.losses(folder) for _ in range(2)] == [2, 2]
+
+
+def test_encoded_prompts_are_let_go_of(capture: Any) -> None:
+    captured, _ = capture()
+    every = chain.texts_of(pairs(0, 6) + pairs(50, 3))
+    assert captured.host.unknown(every) == list(dict.fromkeys(every))
+    dictionary = train(captured)
+    assert captured.host.unknown(every) == list(dict.fromkeys(every))
+    with pytest.raises(Interrupted):
+        making(captured, Progress(lambda what, done: "calibrate" in what)).adapt(
+            dictionary, "shock", "weapons"
+        )
+    assert captured.host.unknown(every) == list(dict.fromkeys(every))
+
+
+def test_no_function_takes_more_than_seven_arguments() -> None:
+    for name, function in inspect.getmembers(chain, inspect.isfunction):
+        if function.__module__ == chain.__name__:
+            assert len(inspect.signature(function).parameters) <= 7, name
+    assert len(inspect.signature(chain.Making).parameters) <= 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from dataclasses import replace
 from pathlib import Path
@@ -40,8 +41,14 @@ class Clip:
         return [[torch.randn(1, length, 16, generator=g), {"pooled_output": torch.randn(1, 8, generator=g)}]]
 
 
+def host_of(world: Any, model: Any, clip: Any, settings: Any = SETTINGS, batch: int = 2) -> Any:
+    """A host whose model and CLIP are held as long as the test runs, as ComfyUI's cache holds them."""
+    vars(world).setdefault("held", []).extend((model, clip))
+    return host_module.ComfyHost(model, clip, settings, batch)
+
+
 def make(world: Any, family: str, clip: Any = None, **changes: Any) -> Any:
-    return host_module.ComfyHost(world.model(family), clip or Clip(), replace(SETTINGS, **changes), batch=2)
+    return host_of(world, world.model(family), clip or Clip(), replace(SETTINGS, **changes))
 
 
 def recorder(positions: list[str], images: int, steps: tuple[int, ...] = (0, 1, 2, 3)) -> Any:
@@ -140,7 +147,7 @@ def test_a_prompt_is_encoded_once(world: Any, family: str) -> None:
 def test_given_conditionings_take_the_place_of_the_clip(world: Any, family: str) -> None:
     expected = make(world, family).sample(PROMPTS, [1, 2, 3])
     given = [Clip().encode_from_tokens_scheduled(p) for p in PROMPTS]
-    host = host_module.ComfyHost(world.model(family), None, SETTINGS, batch=2)
+    host = host_of(world, world.model(family), None)
     with pytest.raises(ValueError, match=r"3 prompts and 2 conditionings"):
         host.prepare(PROMPTS, given[:2])
     with pytest.raises(ValueError, match=r"how to encode 'a blur'"):
@@ -197,7 +204,7 @@ def test_a_position_that_is_not_reached_is_an_error(world: Any, family: str) -> 
         return [torch.zeros_like(args[2]) for _ in args[1]]
 
     model.add_wrapper_with_key("calc_cond_batch", "some_cache", skip)
-    host = host_module.ComfyHost(model, Clip(), SETTINGS, batch=2)
+    host = host_of(world, model, Clip())
     with pytest.raises(NotSteered, match=r"^SafeDIG: this run is not read as planned: step 1 .*some_cache"):
         host.sample(PROMPTS, [1, 2, 3], recorder(["text"], 3))
 
@@ -209,7 +216,7 @@ def test_a_model_that_is_steered_is_refused(world: Any, family: str, tmp_path: P
     dictionary = pack_module("safedig_core.dictionary.dictionary").Dictionary.open(tmp_path / "d.safetensors")
     steering = pack_module("safedig_core.steering.steering").Steering(dictionary)
     steered, _ = pack_module("nodes.bridge.steered").attach(world.model(family), steering)
-    host = host_module.ComfyHost(steered, Clip(), SETTINGS, batch=2)
+    host = host_of(world, steered, Clip())
     with pytest.raises(ValueError, match="This model is steered: connect it as it is before"):
         host.sample(PROMPTS, [1, 2, 3], recorder(["text"], 3))
 
@@ -217,13 +224,13 @@ def test_a_model_that_is_steered_is_refused(world: Any, family: str, tmp_path: P
 def test_the_name_tells_models_apart(world: Any, family: str) -> None:
     model = world.model(family)
     name = make(world, family).name
-    assert host_module.ComfyHost(model.clone(), Clip(), SETTINGS, batch=2).name == name
+    assert host_of(world, model.clone(), Clip()).name == name
     key = next(k for k, v in model.model.named_parameters() if v.dim() == 2 and "blocks" in k)
     patched, changed = model.clone(), {name}
     for amount in (0.5, 0.6):
         weight = dict(model.model.named_parameters())[key]
         patched.add_patches({key: ("diff", (amount * torch.ones_like(weight),))}, 1.0)
-        host = host_module.ComfyHost(patched, Clip(), SETTINGS, batch=2)
+        host = host_of(world, patched, Clip())
         changed.add(host.name)
         host.sample(PROMPTS, [1, 2, 3])  # patches are in the weights from here on
         assert host_module.fingerprint(patched) == host.name.split()[-1]
@@ -231,4 +238,26 @@ def test_the_name_tells_models_apart(world: Any, family: str) -> None:
     with torch.no_grad():
         other = world.model(family)
         dict(other.model.named_parameters())[key][:] += 1
-    assert host_module.ComfyHost(other, Clip(), SETTINGS, batch=2).name not in changed
+    assert host_of(world, other, Clip()).name not in changed
+
+
+def test_it_keeps_nothing_of_comfyuis_in_memory(world: Any, family: str) -> None:
+    """What the cache lets go of is gone, and that is said before anything is sampled."""
+    for gone in ("model", "CLIP", "conditioning"):
+        model, clip = world.model(family), None if gone == "conditioning" else Clip()
+        given = None if clip else [Clip().encode_from_tokens_scheduled(p) for p in [*PROMPTS, "a blur"]]
+        host = host_module.ComfyHost(model, clip, SETTINGS, batch=2)
+        host.prepare([*PROMPTS, "a blur"], given)
+        expected = host.sample(PROMPTS, [1, 2, 3])
+        host.forget()
+        assert host.unknown(PROMPTS) == PROMPTS and host.alive
+        assert torch.equal(host.sample(PROMPTS, [1, 2, 3]), expected)
+        host.forget()
+        if gone == "model":
+            del model
+        else:
+            del clip, given
+        gc.collect()
+        assert not host.alive
+        with pytest.raises(ValueError, match=f"no longer holds the {gone} .*with Capture Activations in it"):
+            host.sample(PROMPTS, [1, 2, 3])
