@@ -21,7 +21,7 @@ def test_training_elsewhere(kind: str, tmp_path: Path, monkeypatch: pytest.Monke
     adam = import_module("torch.optim.adam")
     monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
     data = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
-    settings = TrainSettings(kind=kind, features=16, k=2, steps=30, warmup=1, dead_after=2, batch=50)
+    settings = TrainSettings(kind=kind, features=64, k=1, steps=30, warmup=1, dead_after=0, batch=50)
 
     def batches(epoch: int) -> Iterator[Tensor]:
         yield from data.split(50)
@@ -32,6 +32,6 @@ def test_training_elsewhere(kind: str, tmp_path: Path, monkeypatch: pytest.Monke
         group = Group(device=str(ELSEWHERE))
         found, same = train_sae(batches, settings, checkpoint=checkpoint, group=group)
         again, _ = train_sae(batches, settings, checkpoint=checkpoint, group=group)
-    assert same == curve and any(point["dead"] > 0 for point in curve)
+    assert same == curve and (kind == "relu_l1" or curve[0]["dead"] > 0)
     for name, value in vars(expected).items():
         assert torch.equal(vars(found)[name], value) and torch.equal(vars(again)[name], value)
