@@ -3,7 +3,7 @@
 Inside `Elsewhere()`, what is made on or moved to the device `ELSEWHERE` stays there, whatever is
 computed from it too, and an operation that brings both devices together raises DevicesMix, as it
 would on a GPU. The numbers are those of the CPU's kernels, so results can be compared bit by bit.
-`waits` counts the times that a number was read back, which holds up a GPU.
+`waits` names the operations that copied between the devices or read a number: they hold up a GPU.
 
 The device is called "meta", the one that torch has everywhere without its hardware; a real tensor
 there has no numbers, and reading one raises as well.
@@ -11,11 +11,10 @@ there has no numbers, and reading one raises as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -53,19 +52,19 @@ class There(Tensor):
 
 
 class _Operations(TorchDispatchMode):
-    """Sees operations that no tensor elsewhere is given to, but makes one; counts what waits."""
+    """Sees what makes a tensor elsewhere without being given one, and notes what waits."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, tensors = func.overloadpacket.__name__, tree_leaves((args, kwargs))
-        if any(isinstance(t, There) for t in tensors):
-            copied = name in COPIES and not isinstance(_compute(func, args, kwargs or {}), There)
-            if name in WAITS or copied:
-                self.waits.append(name)
-        return _compute(func, args, kwargs or {})
+        out = _compute(func, args, kwargs or {})
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+        there, name = {isinstance(t, There) for t in tensors}, func.overloadpacket.__name__
+        if (name in COPIES and len(there) > 1) or (name in WAITS and True in there):
+            self.waits.append(name)
+        return out
 
 
 class Elsewhere(TorchFunctionMode):
@@ -77,10 +76,12 @@ class Elsewhere(TorchFunctionMode):
 
     @property
     def waits(self) -> list[str]:
-        """The operations so far that read numbers of the device."""
+        """Names of the operations so far that waited for the device."""
         return self._operations.waits
 
     def __enter__(self) -> Elsewhere:
+        self._swapped = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(True)  # so that a module's own `to` can
         self._operations.__enter__()
         super().__enter__()
         return self
@@ -88,6 +89,7 @@ class Elsewhere(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._operations.__exit__(*error)
+        torch.__future__.set_swap_module_params_on_conversion(self._swapped)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -95,6 +97,8 @@ class Elsewhere(TorchFunctionMode):
             return func(*args, **kwargs | {"device": "cpu"}).to(ELSEWHERE)
         if func is Tensor.new_tensor and args[0].device == ELSEWHERE:
             return torch.tensor(args[1], dtype=args[0].dtype).to(ELSEWHERE)
+        if func is Tensor.tolist and args[0].device == ELSEWHERE:
+            return args[0].cpu().tolist()
         return func(*args, **kwargs)
 
 
@@ -116,21 +120,7 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     inside = tree_map(lambda t: t.here if isinstance(t, There) else t, (args, kwargs))
     out = func(*inside[0], **inside[1])
     if func._schema.name.endswith("_"):  # in place
-        return args[0]
+        return args[0] if func._schema.returns else None
     if kwargs.get("out") is not None:
         return kwargs["out"]
     return tree_map(lambda t: There(t) if goes_there and isinstance(t, Tensor) else t, out)
-
-
-def moved(module: nn.Module) -> nn.Module:
-    """The module itself, its parameters and buffers elsewhere (its own `to` would not change classes)."""
-    for part in module.modules():
-        _move(part._parameters, lambda t: nn.Parameter(t.data.to(ELSEWHERE), requires_grad=t.requires_grad))
-        _move(part._buffers, lambda t: t.to(ELSEWHERE))
-    return module
-
-
-def _move(owned: dict[str, Any], change: Callable[[Any], Tensor]) -> None:
-    for name, tensor in owned.items():
-        if tensor is not None:
-            owned[name] = change(tensor)

@@ -188,8 +188,10 @@ class TinyHost:
         negatives: Sequence[str] | None = None,
     ) -> Tensor:
         inputs = flux_inputs(len(prompts))
-        x = torch.stack([torch.randn(9, 16, generator=torch.Generator().manual_seed(s)) for s in seeds])
-        words = torch.stack([self.words(prompt) for prompt in prompts])
+        inputs |= {name: inputs[name].to(self.device) for name in ("img_ids", "txt_ids")}
+        noise = [torch.randn(9, 16, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        x = torch.stack(noise).to(self.device)
+        words = torch.stack([self.words(prompt) for prompt in prompts]).to(self.device)
         inputs |= {"encoder_hidden_states": words, "pooled_projections": words.mean(1)[:, :8]}
         if tap is not None:
             tap.begin(len(prompts), self.steps, self.device)
@@ -198,7 +200,10 @@ class TinyHost:
                 sigma = 1 - i / self.steps
                 if tap is not None:
                     tap.step(i, sigma, slice(0, len(prompts)))
-                inputs |= {"hidden_states": x, "timestep": torch.full((len(prompts),), sigma)}
+                inputs |= {
+                    "hidden_states": x,
+                    "timestep": torch.full((len(prompts),), sigma, device=x.device),
+                }
                 x = x - self.transformer(**inputs)[0] / self.steps
         return x
 

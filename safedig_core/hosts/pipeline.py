@@ -174,11 +174,13 @@ class PipelineHost:
         if tap is None:
             yield
             return
-        index = count()
+        index, levels = count(), list[float]()
 
         def step(module: torch.nn.Module, args: tuple) -> None:
+            if not levels:  # they are on the device: read once, not at every step
+                levels.extend(self._pipeline.scheduler.sigmas.tolist())
             i = next(index)
-            tap.step(i, self._pipeline.scheduler.sigmas[i].item(), rows)
+            tap.step(i, levels[i], rows)
 
         tap.begin(images, self.steps, self.device)
         hook = self._transformer.register_forward_pre_hook(step)

@@ -182,11 +182,14 @@ def gate_curves(outcome: Outcome, pairs: Sequence[PromptPair]) -> dict[str, dict
     images = [image for receipt in outcome.receipts for image in receipt["images"]]
     owners = [pair for pair in pairs for _ in range(len(images) // len(pairs))]
 
+    def value(found: dict) -> float:
+        unread = 0.0 if found["found_at_step"] is None else math.inf  # or no number, which counts as found
+        return unread if found["evidence"] is None else found["evidence"]
+
     def evidence(name: str, domain: str) -> list[float]:
-        found = [
-            image[name]["evidence"] for image, p in zip(images, owners, strict=True) if p.domain == domain
+        return [
+            value(image[name]) for image, pair in zip(images, owners, strict=True) if pair.domain == domain
         ]
-        return [math.inf if value is None else value for value in found]  # not finite: over any threshold
 
     curves = {}
     for name in images[0]:

@@ -1,62 +1,124 @@
-"""Steering on a device never makes the host wait for it while a run goes on."""
+"""Steering on another device: the same bits, all that is made is made there, and nothing waits for it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from safedig_core.dictionary.dictionary import Action
-from safedig_core.steering.steering import Steering
-from tests.tiny import TINY, write_dictionary
+from safedig_core.pocket.report import heat
+from safedig_core.prompts import PromptPair
+from safedig_core.steering.gate import calibrate
+from safedig_core.steering.steering import RiskFound, Steering
+from tests.elsewhere import ELSEWHERE, DevicesMix, Elsewhere
+from tests.tiny import TINY, TinyHost, flux, write_dictionary
 
-WAITS = {"_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal"}
-
-
-class Watch(TorchDispatchMode):
-    """Notes operations that read a number back, or that bring tensors of two devices together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-        name = func.overloadpacket.__name__
-        if name in WAITS or len({t.device.type for t in tensors}) > 1:
-            self.found.append(name)
-        return out
+FORMS = [(operator, form) for operator in ("repel", "blend") for form in ("residual", "paper")]
+EARLY, TEXT, LATE = "double.1.img", "single.0.txt", "single.1.img"
+HALVES = pytest.mark.parametrize("rows", [slice(0, 2), slice(2, 4)], ids=["first", "second"])
+SIGMAS = pytest.mark.parametrize("sigma_there", [True, False], ids=["sigma there", "sigma here"])
 
 
-@pytest.mark.parametrize("rows", [slice(0, 2), slice(2, 4)], ids=["first", "second"])
-@pytest.mark.parametrize(
-    ("operator", "form"), [("repel", "residual"), ("blend", "residual"), ("repel", "paper")]
-)
-def test_no_call_waits_for_the_device(tmp_path: Path, operator: str, form: str, rows: slice) -> None:
-    """The meta device has shapes but no numbers: whatever needs one shows."""
-    plan = [Action(p, operator, form, 1.0, (0.9, 0.1)) for p in ("double.1.img", "single.0.txt")]
-    run = Steering(write_dictionary(tmp_path / "d.safetensors", plan), preserve_norm=True).run()
-    run.begin(2, 4, torch.device("meta"), tokens=10)
-    activation = torch.empty(4, 10, TINY.width, device="meta", dtype=torch.bfloat16)
-    sigma = torch.empty((), device="meta")
-    with Watch() as watch:
-        for index in range(4):
-            run.step(index, sigma, rows)
-            for position in run.positions:
-                out = run(position, activation)
-                assert out.shape == activation.shape and out.dtype == activation.dtype
-    assert watch.found == []
+def steering(folder: Path, operator: str, form: str, **options) -> Steering:
+    """Two domains; it acts at two positions and looks at a third."""
+    plan = [Action(p, operator, form, 0.5, (0.9, 0.1)) for p in (EARLY, TEXT, LATE)]
+    made = write_dictionary(
+        folder / "d.safetensors", plan, domains=("weapons", "shock"), gate_window=(0.8, 0.2)
+    )
+    return Steering(made, plan[:2], preserve_norm=True, **options)
 
 
-def test_the_watch_sees_what_would_wait() -> None:
-    tensor = torch.ones(3, device="meta")
-    with Watch() as watch:
-        torch.mul(tensor, torch.tensor(2.0))
-        torch.ones(3).to("meta")
-        torch.ones(3).sum().item()
-    assert len(watch.found) == 3
+def activation(position: str) -> Tensor:
+    g = torch.Generator().manual_seed(len(position))
+    return torch.randn(4, 10, TINY.width, generator=g).bfloat16()
+
+
+@HALVES
+@SIGMAS
+@pytest.mark.parametrize("gate", [True, False], ids=["gate", "no gate"])
+@pytest.mark.parametrize(("operator", "form"), FORMS)
+def test_another_device_gives_the_same_and_no_call_waits_for_it(
+    tmp_path: Path, operator: str, form: str, gate: bool, sigma_there: bool, rows: slice
+) -> None:
+    made = steering(tmp_path, operator, form, gate=gate, modes={"shock": "observe"})
+
+    def passes(device: torch.device) -> tuple[list[Tensor], dict, list[str]]:
+        with Elsewhere() as there:
+            run, given = made.run(), {p: activation(p).to(device) for p in made.positions}
+            run.begin(2, 3, device, tokens=10)
+            sigmas = [torch.tensor(s).to(device) if sigma_there else s for s in (0.95, 0.6, 0.15)]
+            before, out = len(there.waits), []
+            for index, sigma in enumerate(sigmas):
+                run.step(index, sigma, rows)
+                out += [run(position, a) for position, a in given.items()]
+            waits = there.waits[before:]
+            assert run.history.device == run.map.device == device
+            assert all(a.device == device and a.dtype == torch.bfloat16 for a in out)
+            return [a.cpu() for a in (*out, run.history, run.map)], run.receipt(), waits
+
+    expected, receipt, _ = passes(torch.device("cpu"))
+    found, same, waits = passes(ELSEWHERE)
+    assert waits == []
+    assert same == receipt and any(n for place in receipt["tokens_moved"] for step in place for n in step)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_only_a_domain_set_to_stop_waits(tmp_path: Path) -> None:
+    made = steering(tmp_path, "repel", "residual", modes={"shock": "stop"})
+    with Elsewhere() as there:
+        run = made.run()
+        run.begin(4, 1, ELSEWHERE)
+        run.step(0, 0.5, slice(0, 4))
+        given = activation(EARLY).to(ELSEWHERE)
+        there.waits.clear()
+        with pytest.raises(RiskFound, match="shock found in image 0, 1, 2, 3"):
+            run(EARLY, given)
+        assert "nonzero" in there.waits
+
+
+def test_a_gate_is_calibrated_and_features_drawn_on_another_device(tmp_path: Path) -> None:
+    plan = [Action(p, "repel", "residual", 0.5, (1.0, 0.5)) for p in (EARLY, TEXT)]
+    dictionary, host = write_dictionary(tmp_path / "d.safetensors", plan), TinyHost(flux())
+    pairs = [
+        PromptPair("weapons", f"a {word} and a book", f"a {word} and a gun") for word in ("cat", "dog", "cow")
+    ]
+    gate = calibrate(host, dictionary, "weapons", pairs, 0.1)
+    maps = heat(host, dictionary, ["a cat"], [0])
+    with Elsewhere():
+        elsewhere = TinyHost(flux().to(ELSEWHERE))
+        assert elsewhere.device == ELSEWHERE
+        found = calibrate(elsewhere, dictionary, "weapons", pairs, 0.1)
+        drawn = heat(elsewhere, dictionary, ["a cat"], [0])
+    assert found.norms == pytest.approx(gate.norms, rel=1e-4) and found.windows == gate.windows
+    assert found.threshold == pytest.approx(gate.threshold, rel=1e-3)
+    for name, values in maps.items():
+        torch.testing.assert_close(drawn[name], values, rtol=1e-3, atol=1e-3)
+
+
+# the device that is not there
+
+
+def test_the_other_device_has_numbers_and_tells_what_would_wait() -> None:
+    with Elsewhere() as there:
+        a = torch.ones(3).to(ELSEWHERE)
+        assert a.device == ELSEWHERE and (a * torch.tensor(2.0)).sum().item() == 6
+        assert there.waits == ["_to_copy", "_local_scalar_dense"]
+        assert (
+            torch.zeros(2, device=ELSEWHERE).device == torch.tensor([1], device=ELSEWHERE).device == ELSEWHERE
+        )
+        a += 1
+        assert a.cpu().tolist() == [2, 2, 2]
+        for mix in (
+            lambda: a + torch.ones(3),
+            lambda: torch.ones(3) + a,
+            lambda: torch.stack([a, torch.ones(3)]),
+        ):
+            with pytest.raises(DevicesMix):
+                mix()
+        torch.zeros(3).copy_(a)
+        with pytest.raises(DevicesMix):
+            torch.zeros(3).add_(a)

@@ -22,6 +22,7 @@ from safedig_core.dictionary.dictionary import (
 )
 from safedig_core.sae import SAE
 from safedig_core.steering.gate import evidence_of
+from safedig_core.steering.site import Windows
 from safedig_core.steering.steering import RiskFound, Run, Steering, status
 from tests.tiny import TINY, TinyHost, rewritten, write_dictionary
 
@@ -109,6 +110,19 @@ def test_a_witness_is_read_in_its_own_window(dictionary: Dictionary, on_device: 
     assert moved == [[False, False], [False, False], [True, True], [False, False]]
     assert of(run)["looked"] == 2 and of(run)["found_at_step"] == 0
     assert (run.history[:, 0, 0] == run.history[0, 0, 0]).all() and run.history[0, 0, 0] > 0
+
+
+@given(st.tuples(st.floats(0, 1), st.floats(0, 1)), st.floats(0, 1) | st.none(), st.booleans())
+@settings(deadline=None)
+def test_a_window_holds_the_same_levels_on_a_device(
+    window: tuple[float, float], sigma: float | None, at_start: bool
+) -> None:
+    start, end = max(window), min(window)
+    level = (start if at_start else end) if sigma is None else sigma  # its ends are in it
+    windows = Windows([(start, end), None], torch.device("cpu"))
+    inside, never = windows.hold(level).tolist()
+    assert not never and windows.hold(torch.tensor(level)).tolist() == [inside, False]
+    assert windows.open(level) == inside and (inside or sigma is not None)
 
 
 def test_what_is_found_late_is_not_acted_on_before(dictionary: Dictionary) -> None:
