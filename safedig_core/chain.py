@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -376,11 +376,11 @@ def loss_recovered(
     prompts = [store.prompts[i].unsafe or "" for i in indices] + [store.prompts[i].safe for i in indices]
     seeds = [of_recovery(i) for i in range(len(prompts))]
     average = torch.stack([store.tokens(position, [pair]).mean(0) for pair in indices]).mean(0)
-    there, average_there = cache(sae.to), cache(average.to)  # uploaded once
+    sae, average = sae.to(host.device), average.to(host.device)
 
     def loss(change: Callable[[Tensor], Tensor]) -> float:
         tap = ReplaceTap([position], lambda _, a: change(a))
         return sum(host.denoising_loss(prompts, latents, seeds, sigma, tap) for sigma in (0.9, 0.6, 0.3))
 
-    plain, mean = loss(lambda a: a), loss(lambda a: average_there(a.device).expand_as(a))
-    return (mean - loss(lambda a: there(a.device).reconstruct(a))) / (mean - plain)
+    plain, mean = loss(lambda a: a), loss(lambda a: average.expand_as(a))
+    return (mean - loss(sae.reconstruct)) / (mean - plain)

@@ -25,10 +25,6 @@ def of_evaluation(seed: int, image: int) -> int:
     return EVALUATION + STRIDE * seed + image
 
 
-def of_calibration(image: int) -> int:
-    return CALIBRATION + image
-
-
 def of_recovery(image: int) -> int:
     """For what a model loses where activations are replaced by their reconstruction."""
     return RECOVERY + image

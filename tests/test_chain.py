@@ -6,7 +6,7 @@ import inspect
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,9 +26,10 @@ from safedig_core.progress import nothing
 from safedig_core.prompts import PromptPair
 from safedig_core.recipe import Credits, Recipe
 from safedig_core.routing import Scores
+from safedig_core.sae import SAE
 from safedig_core.store.store import ActivationStore
 from safedig_core.training import TrainSettings
-from tests.tiny import MeasuredHost, captured, run_and_die, sd3
+from tests.tiny import MeasuredHost, captured, random_sae, run_and_die, sd3
 
 SMALL = TrainSettings(features=48, k=4, steps=50, batch=64, warmup=5)
 RECIPE = Recipe(train=SMALL, specificity=0.1, most_features=8)
@@ -409,3 +410,39 @@ def test_no_function_of_the_chain_takes_more_than_seven_arguments() -> None:
     for name, method in inspect.getmembers(Chain, inspect.isfunction):
         if not name.startswith("__"):
             assert len(inspect.signature(method).parameters) - 1 <= 5, name
+
+
+# memory
+
+
+def test_activations_are_read_one_pair_at_a_time(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a split holds; training reads through a buffer of its own."""
+    read, rows = [], ActivationStore._rows
+
+    def watched(self: ActivationStore, name: str, pairs: Sequence[int]) -> list[torch.Tensor]:
+        read.append((name, len(pairs)))
+        return rows(self, name, pairs)
+
+    saes, origins = {"text": random_sae(24, 16, threshold=0.2)}, {"text": {"library": "none"}}
+    monkeypatch.setattr(ActivationStore, "_rows", watched)
+    chain.complete(tmp_path / "w.safetensors", "weapons", saes, origins)
+    adapt(chain, tmp_path)
+    assert {count for name, count in read if name != "latents"} == {1}
+    read.clear()
+    routing.route(chain.store, "weapons", "shock", samples=1)
+    assert max(count for name, count in read if name != "latents") == 1
+
+
+def test_an_sae_is_uploaded_once(chain: Chain, host: MeasuredHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved, to = [], SAE.to
+    sae = random_sae(24, 16)
+
+    def watched(self: SAE, *given: Any) -> SAE:
+        moved.append(given)
+        return to(self, *given)
+
+    monkeypatch.setattr(SAE, "to", watched)
+    chain_module.loss_recovered(host, chain.store, "text", sae, chain.store.indices("weapons")[::4])
+    assert moved == [(torch.device("cpu"),)]

@@ -16,7 +16,7 @@ SEED, IMAGE = st.integers(0, seeds.MOST - 1), st.integers(0, seeds.IMAGES - 1)
 PURPOSES = {
     "capture": seeds.of_capture,
     "evaluation": seeds.of_evaluation,
-    "calibration": lambda seed, image: seeds.of_calibration(image),
+    "calibration": lambda seed, image: seeds.CALIBRATION + image,
     "recovery": lambda seed, image: seeds.of_recovery(image),
 }
 

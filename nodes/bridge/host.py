@@ -44,10 +44,16 @@ class Encoded:
 
 
 class Held:
-    """A weak hold on something of ComfyUI's: what a cached output refers to must not keep it in memory."""
+    """A weak hold on something of ComfyUI's: what a cached output refers to must not keep it in memory.
+
+    With --cache-none no output outlives its use, this hold's among them: then it is a firm one.
+    """
 
     def __init__(self, value: Any, what: str):
-        self._ref, self._what = weakref.ref(value), what
+        from comfy.cli_args import args
+
+        self._ref: Callable[[], Any] = (lambda: value) if args.cache_none else weakref.ref(value)
+        self._what = what
 
     @property
     def alive(self) -> bool:

@@ -103,7 +103,11 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--data-licence", default="")
         sub.add_argument("--weights-licence", default="")
         sub.add_argument("--out", type=Path, required=True)
-        sub.add_argument("--overwrite", action="store_true", help="replace --out, whatever is there")
+        sub.add_argument(
+            "--overwrite",
+            action="store_true",
+            help="replace what is at --out; without, only the result of the same settings may be there",
+        )
 
     sub = command("demo", run_demo, "the whole method on the pocket model, with a report")
     evaluation(sub)
@@ -199,10 +203,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 who = f"{o.command} (process {o.processes.rank} of {o.processes.size})"
                 if o.command not in ("capture", "train"):
                     raise ValueError("this command is for one process: start it without torchrun")
+            if o.json is not None and first:  # before the work, not after
+                o.json.parent.mkdir(parents=True, exist_ok=True)
+                o.json.open("a").close()
             with redirect_stdout(sys.stdout if first else io.StringIO()):
                 result = o.run(o, ProgressLine(shown=first))
             if o.json is not None and first:
-                o.json.parent.mkdir(parents=True, exist_ok=True)
                 o.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"{who}: {error}", file=sys.stderr)

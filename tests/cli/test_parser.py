@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from safedig_core.cli import commands
 from safedig_core.cli.parser import main
 from safedig_core.dictionary.dictionary import Dictionary
 from safedig_core.pocket.study import shipped
@@ -122,9 +125,14 @@ def test_route_evaluate_inspect_and_check(
     assert 'src="http' not in page  # self-contained
     capsys.readouterr()
     for command in ("inspect", "check"):
-        for name in ("w.safetensors", "s.safetensors") if command == "check" else ("w.safetensors",):
-            assert main([command, str(chain / name)]) == 0
-    assert "domain weapons" in capsys.readouterr().out
+        for name in ("w.safetensors", "s.safetensors"):
+            assert main([command, str(chain / name), "--json", str(tmp_path / "card.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "domain weapons" in shown and "domain substances" in shown
+    assert (
+        f"an adapter of the dictionary with SHA-256 {Dictionary.open(chain / 'w.safetensors').sha256}"
+        in shown
+    )
 
 
 def test_exported_and_imported_again_it_is_the_same_dictionary(
@@ -153,6 +161,73 @@ def test_exported_and_imported_again_it_is_the_same_dictionary(
     assert "imported from SAELens" in capsys.readouterr().out
 
 
+def unloadable(o: object) -> NoReturn:
+    raise AssertionError("the model was loaded")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        (["--tune", "TRAIN"], "15 of the 15 calibration prompts were captured too"),
+        (["--source", "shock"], "Of 'shock' at least 5 pairs must have been captured"),
+        (["--positions", "text,single.0.img"], "single.0.img was not captured, only text, double.1.img"),
+        (["--blend", "nan"], "blend is nan: a strength is 0 to 10"),
+        (["--repel", "11"], "repel is 11.0: a strength is 0 to 10"),
+        (["--blend", "0", "--repel", "0"], "would never act"),
+        (["--window", "0.5", "1"], "the window 0.5 to 1.0 must run down"),
+        (["--window", "nan", "0"], "the window nan to 0.0 must run down"),
+        (["--k", "100"], "k must lie between 1 and the 96 features"),
+        (["--title", "a\x1b[2Jb"], "the title is too long, or has characters that can't be shown"),
+        (["--creator", "x" * 5000], "the creator is too long"),
+        (["--data-licence", "\u202e"], "the data licence"),
+        (["--out", "d.ckpt"], "d.ckpt: the name of a dictionary ends in .safetensors"),
+        (["--out", "TAKEN"], "is there already, made with other settings: choose another name"),
+    ],
+    ids=str,
+)
+def test_what_would_fail_later_is_refused_before_the_model_is_loaded(
+    chain: Path, prompts: dict[str, str], changes: list[str], complaint: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "load_model", unloadable)
+    (tmp_path / "taken.safetensors").write_bytes(b"someone else's")
+    places = {"TRAIN": prompts["train"], "TAKEN": "taken.safetensors"}
+    train = ["train", "--store", str(chain / "store"), "--tune", prompts["tune"], "--source", "weapons"]
+    train += ["--positions", "text", "--work", "work", "--out", "w.safetensors", *SMALL]
+    assert main([*train, *(places.get(word, word) for word in changes)]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("train: ") and complaint in line
+    assert not (tmp_path / "work").exists() and not (tmp_path / "w.safetensors").exists()
+    assert (tmp_path / "taken.safetensors").read_bytes() == b"someone else's"
+
+
+def test_a_finished_command_is_not_done_again(
+    chain: Path, prompts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name in ("w.safetensors", "s.safetensors"):
+        shutil.copy2(chain / name, tmp_path / name)
+    shutil.copytree(chain / "work", tmp_path / "work")
+    before = digests(tmp_path)
+    given = ["--store", str(chain / "store"), "--tune", prompts["tune"], "--source", "weapons"]
+    train = ["train", *given, "--positions", "text,double.1.img", *SMALL, "--work", str(tmp_path / "work")]
+    train += ["--out", str(tmp_path / "w.safetensors"), "--json", str(tmp_path / "train.json")]
+    adapt = ["adapt", *given, "--dictionary", str(tmp_path / "w.safetensors"), "--domain", "substances"]
+    adapt += ["--out", str(tmp_path / "s.safetensors")]
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "load_model", unloadable)
+        assert main(train) == 0 and main(adapt) == 0
+        assert "w.safetensors is there already" in capsys.readouterr().err
+        curves = json.loads((tmp_path / "train.json").read_text())["curves"]
+        assert [point["step"] for point in curves["text"]] == [25, 50, 60]
+        assert main([*train, "--steps", "70"]) == 1 and main([*adapt, "--repel", "0.3"]) == 1
+        assert capsys.readouterr().err.count("made with other settings") == 2
+    assert digests(tmp_path).items() >= before.items()
+    assert main([*adapt, "--repel", "0.3", "--overwrite"]) == 0
+    assert digests(tmp_path)["s.safetensors"] != before["s.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("command", "complaint"),
     [
@@ -172,6 +247,12 @@ def test_exported_and_imported_again_it_is_the_same_dictionary(
         (["check", "missing.safetensors"], "missing.safetensors: there is no such file"),
         (["route", "--store", "nowhere", "--source", "a", "--target", "b"], "nowhere"),
         (["capture", "--prompts", "no.jsonl", "--store", "s"], "no.jsonl"),
+        (
+            ["import", "--sae", "text", "no", "--out", "d.safetensors", "--source", "weapons"],
+            "--source needs",
+        ),
+        (["import", "--sae", "text", "no", "--out", "."], ".: the name of a dictionary ends in"),
+        (["check", "missing.safetensors", "--json", "."], "Is a directory"),
     ],
 )
 def test_bad_input_ends_in_one_line(

@@ -114,6 +114,7 @@ class Result:
         messages = dict(history["status"]["messages"])
         self.error: dict | None = messages.get("execution_error")
         self.interrupted = "execution_interrupted" in messages
+        self.cached: list[str] = messages.get("execution_cached", {}).get("nodes", [])  # nodes not run again
 
     @property
     def message(self) -> str:

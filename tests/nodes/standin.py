@@ -395,13 +395,14 @@ class World:
             "comfy_execution": {},
             "comfy_execution.utils": {"get_executing_context": lambda: None},
             "comfy_execution.progress": {"get_progress_state": lambda: None},
+            "comfy.cli_args": {"args": SimpleNamespace(cache_none=False)},
             "comfy.sample": {"sample": sample, "sample_custom": sample_custom},
             "comfy.samplers": {"KSampler": KSampler, "sampler_object": SAMPLERS.__getitem__},
         }.items():
             fake = ModuleType(module)
             vars(fake).update(contents)
             patch.setitem(sys.modules, module, fake)
-        for name in ("model_patcher", "model_management", "sample", "samplers"):
+        for name in ("model_patcher", "model_management", "cli_args", "sample", "samplers"):
             setattr(sys.modules["comfy"], name, sys.modules[f"comfy.{name}"])
 
     def model(self, family: str, dtype: torch.dtype = torch.float32) -> ModelPatcher:

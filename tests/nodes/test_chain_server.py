@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from safedig_core.cli.parser import main
 from safedig_core.dictionary.dictionary import Dictionary, check
 from safedig_core.prompts import PromptPair, read_prompts, write_prompts
+from safedig_core.routing import WEIGHTS
 from safedig_core.store.store import ActivationStore
 from tests.nodes.server import Result, Server
 from tests.nodes.test_definitions import as_prompt
@@ -150,6 +152,12 @@ def test_the_dictionary_steers_in_the_same_session(chain: Chain, made: dict[str,
     assert torch.equal(chain.picture(harmless, "Plain"), chain.picture(harmless, "Steered"))
 
 
+def test_what_is_there_is_not_captured_again(chain: Chain, made: dict[str, Any]) -> None:
+    again = chain.server.run(chain.prompt("Prompt", text="a cow and a book"))
+    steps = ("Capture Activations", "Route Positions", "Train Dictionary", "Adapt Decoder")
+    assert again.error is None and {chain.ids[name] for name in steps} <= set(again.cached)
+
+
 def test_what_is_saved_is_whole_and_listed(chain: Chain, made: dict[str, Any]) -> None:
     folder = chain.server.base / "models" / "safedig"
     for name in ("made", "made-substances"):
@@ -185,7 +193,12 @@ def test_the_command_line_makes_the_same_dictionary(
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0, msg=name)
     mine, other = by_nodes.card.domains["weapons"], by_hand.card.domains["weapons"]
     assert (mine.features, mine.weights) == (other.features, other.weights)
-    assert by_nodes.card.plan == by_hand.card.plan and by_nodes.card.training == by_hand.card.training
+    routed = by_nodes.card.plan  # by hand, nothing was routed
+    assert [replace(action, score={}) for action in routed] == by_hand.card.plan
+    assert all(action.score.keys() == {"score", *WEIGHTS} for action in routed)
+    trainings = [dict(d.card.training) for d in (by_nodes, by_hand)]
+    assert trainings[0].pop("made_from") != trainings[1].pop("made_from")  # the titles differ
+    assert trainings[0] == trainings[1]
     assert mine.gate is not None and other.gate is not None
     assert mine.gate.norms == pytest.approx(other.gate.norms, rel=0.02)
     for position, info in by_nodes.card.positions.items():

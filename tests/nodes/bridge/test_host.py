@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -261,3 +262,13 @@ def test_it_keeps_nothing_of_comfyuis_in_memory(world: Any, family: str) -> None
         assert not host.alive
         with pytest.raises(ValueError, match=f"no longer holds the {gone} .*with Capture Activations in it"):
             host.sample(PROMPTS, [1, 2, 3])
+
+
+def test_without_a_cache_it_holds_the_model_itself(
+    world: Any, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --cache-none nothing else would hold it until a dictionary is trained."""
+    monkeypatch.setattr(sys.modules["comfy.cli_args"].args, "cache_none", True)
+    host = host_module.ComfyHost(world.model(family), Clip(), SETTINGS, batch=2)
+    gc.collect()
+    assert host.alive and host.sample(PROMPTS, [1, 2, 3]).isfinite().all()
