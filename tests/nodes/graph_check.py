@@ -141,7 +141,7 @@ class Build:
             "denoise": 1.0,
         }
         if self.pocket:
-            usual |= {"steps": 10, "cfg": 2.5}
+            usual |= {"steps": 8, "cfg": 2.5}
         for of, called in (("positive", "risky"), ("negative", "negative")):
             given.setdefault(of, None)
             given[of] = given[of] or self.text(called)

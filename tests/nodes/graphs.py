@@ -33,6 +33,7 @@ from tests.nodes.graph_check import (
 from tests.nodes.server import Server
 
 GRAPHS: list[Graph] = []
+KEEPING = ("--cache-lru", "200")  # results are kept for longer than a prompt, as some users have it
 BOTH = ("flux", "sd3")
 
 
@@ -374,7 +375,7 @@ def reference_latents(b: Build) -> None:
 def reference_latents_with_cached_keys(b: Build) -> None:
     cached = b.add("FluxKVCache", model=b.model())
     reference = b.add("ReferenceLatent", conditioning=b.text("risky"), latent=b.latent(1, 96, 64))
-    b.show(b.sampled(b.steered(cached), positive=reference, cfg=1.0))
+    b.show(b.sampled(b.steered(cached), positive=reference, cfg=1.0, latent_image=b.latent(1)))
 
 
 # Samplers, guiders and schedules.
@@ -676,7 +677,7 @@ CACHE = {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0, "verb
 GUIDANCE: dict[str, dict[str, Any]] = {
     "SkipLayerGuidanceDiT": {**SKIP, "scale": 2.0}, "SkipLayerGuidanceDiTSimple": SKIP, "RescaleCFG": {},
     "CFGZeroStar": {}, "CFGNorm": {}, "RenormCFG": {}, "TCFG": {}, "APG": {}, "Mahiro": {}, "FreSca": {},
-    "PerturbedAttentionGuidance": {}, "HyperTile": {}, "TomePatchModel": {}, "NAGuidance": {},
+    "PerturbedAttentionGuidance": {}, "NAGuidance": {},
     "CFGOverride": {"cfg": 1.5}, "Epsilon Scaling": {}, "TemporalScoreRescaling": {}, "ScaleROPE": {},
     "ModelSamplingFlux": {"width": 64, "height": 64}, "ModelSamplingSD3": {"shift": 3.0},
     "LoraLoaderModelOnly": {"lora_name": LORA, "strength_model": 1.0}, "ModelComputeDtype": {},
@@ -1003,7 +1004,7 @@ def main(words: list[str]) -> int:
     comfyui = Path(os.environ["COMFYUI_PATH"])
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(comfyui, Path(folder))
+        server = Server(comfyui, Path(folder), arguments=KEEPING)
         write_files(Path(folder))
         try:
             server.wait()
