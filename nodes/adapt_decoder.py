@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from . import sockets
-from .train_dictionary import calibration_inputs, label_of, recipe_of
+from .train_dictionary import calibration_inputs, credits_of, recipe_of
 
 
 class AdaptDecoder(io.ComfyNode):
@@ -45,7 +45,7 @@ class AdaptDecoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, conditioning=None, **lists: list[Any]) -> io.NodeOutput:
-        from ..safedig_core.cli.commands import card_text
+        from ..safedig_core.dictionary.card import card_text
         from .bridge.chain import adapt, domain_of
         from .bridge.workspace import Progress
 
@@ -61,7 +61,7 @@ class AdaptDecoder(io.ComfyNode):
             domain_of(captured.store, given["source"]),
             given["calibration"],
             recipe_of(given),
-            label_of(given),
+            credits_of(given),
             Progress(),
             conditioning,
         )

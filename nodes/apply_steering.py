@@ -96,7 +96,9 @@ class ApplySteering(io.ComfyNode):
         positions=None,
     ) -> io.NodeOutput:
         from ..safedig_core.steering.steering import Steering
-        from .bridge.attachment import architecture_of, attach
+        from .bridge.ledger import executing, signature
+        from .bridge.models import architecture_of
+        from .bridge.steered import attach
 
         if not math.isfinite(strength):
             raise ValueError(f"The strength is {strength}: it must be a number from 0 to 10.")
@@ -110,7 +112,9 @@ class ApplySteering(io.ComfyNode):
                 f"{dictionary.path.name} has no plan: add Select Positions and choose positions."
             )
         name = f"Apply Blend/Repel Steering (node {cls.hidden.unique_id})"
-        steered, receipt = attach(model, steering, branch=branch, policy=policy, name=name, run_of=_executing)
+        now = executing()
+        key = f"{signature(now.prompt, now.node)} {now.item}"
+        steered, receipt = attach(model, steering, branch=branch, policy=policy, name=name, key=key)
         return io.NodeOutput(steered, receipt)
 
 
@@ -128,11 +132,3 @@ def modes_of(action: str, exceptions: str, domains: list[str]) -> dict[str, str]
             )
         modes[domain] = mode
     return modes
-
-
-def _executing() -> tuple[str, str]:
-    """The prompt and node that ComfyUI executes now."""
-    from comfy_execution.utils import get_executing_context
-
-    context = get_executing_context()
-    return (context.prompt_id, context.node_id) if context is not None else ("", "")

@@ -9,12 +9,12 @@ from comfy_api.latest import io
 
 from . import sockets
 
-MODELS = ["pocket-flux", "pocket-sd35"]
-
 
 class LoadPocketModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        from ..safedig_core.pocket.model import MODELS
+
         return io.Schema(
             node_id="SafeDIGLoadPocketModel",
             display_name="Load Pocket Model",
@@ -22,7 +22,7 @@ class LoadPocketModel(io.ComfyNode):
             description="A tiny FLUX or SD3.5 that paints emoji scenes, to try steering on any computer. "
             "Prompts are like 'a cat and a pistol'. An empty latent of 128 x 128 gives its pictures of "
             "64 x 64; 16 steps, cfg 2.5, sampler euler, scheduler simple.",
-            inputs=[io.Combo.Input("name", options=MODELS, default=MODELS[0])],
+            inputs=[io.Combo.Input("name", options=list(MODELS), default=MODELS[0])],
             outputs=[
                 io.Model.Output(display_name="model"),
                 io.Clip.Output(display_name="clip", tooltip="For CLIP Text Encode."),
@@ -58,7 +58,9 @@ def _require(path: Path) -> None:
 def flux_model(state: dict[str, Any]) -> Any:
     """A ModelPatcher of a FLUX of any width. ComfyUI's own loader takes every FLUX for one of 24 heads
     before 0.12; `state` has the key names of the original release."""
-    from comfy import model_detection, model_management, model_patcher, supported_models
+    from comfy import model_detection, model_management, supported_models
+
+    from .bridge.models import managed
 
     detected = model_detection.detect_unet_config(state, "")
     assert detected is not None
@@ -72,8 +74,7 @@ def flux_model(state: dict[str, Any]) -> Any:
     config.set_inference_dtype(dtype, model_management.unet_manual_cast(dtype, device, dtypes))
     model = config.get_model(state, "")
     model.load_model_weights(state, "")
-    offload = model_management.unet_offload_device()
-    return model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+    return managed(model)
 
 
 def sd3_model(state: dict[str, Any]) -> Any:

@@ -51,10 +51,9 @@ class RoutePositions(io.ComfyNode):
 
     @classmethod
     def execute(cls, activations, source: str, target: str, target_pairs: int, by_hand: str) -> io.NodeOutput:
-        from ..safedig_core.chain import Recipe
-        from ..safedig_core.cli.commands import route_table
         from ..safedig_core.dictionary.dictionary import Action
-        from ..safedig_core.routing import chosen, route
+        from ..safedig_core.recipe import Recipe
+        from ..safedig_core.routing import chosen, route, route_table
         from .bridge.chain import domain_of, names_in
         from .bridge.pictures import route_heatmap
 

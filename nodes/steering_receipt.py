@@ -1,26 +1,42 @@
-"""Steering Receipt: what the steering did to a picture, as text, pictures and JSON."""
+"""Steering Receipt: what the steering did to the pictures that it is given, as text, pictures and JSON."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
 from . import sockets
+from .bridge.ledger import RECEIPT
 
 if TYPE_CHECKING:
-    from .bridge.attachment import Run, SteeringAttachment
+    from torch import Tensor
 
-FORMAT = 1
+    from .bridge.ledger import Execution, Record
+    from .bridge.steered import SteeringAttachment
+
+FORMAT = 2
+# of several statuses of one domain, the one to tell: the first of these
+_FIRST = (
+    "steered",
+    "found, nothing moved",
+    "observed",
+    "steered without evidence",
+    "nothing moved",
+    "not looked at",
+    "clear",
+)
 
 
 class SteeringReceipt(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="SafeDIGSteeringReceipt",
+            node_id=RECEIPT,
             display_name="Steering Receipt",
             category=sockets.CATEGORY,
             description="Shows what steering found and changed. Put it between VAE Decode and Save Image: "
@@ -41,45 +57,94 @@ class SteeringReceipt(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, receipt) -> io.NodeOutput:
+        from .bridge.ledger import LEDGER, executing
         from .bridge.pictures import evidence_plot, heatmap
 
-        report = report_of(receipt)
+        now = executing()
+        found = origin_of(receipt, now, len(images))
+        report = report_of(receipt, found, [sha256_of(image) for image in images])
         text = text_of(report)
         encoded = json.dumps(report, allow_nan=False)
         if cls.hidden.extra_pnginfo is not None:  # what Save Image writes into the file
-            cls.hidden.extra_pnginfo.setdefault("safedig", {})[str(cls.hidden.unique_id)] = report
-        heat, plot = images, evidence_plot(report["runs"])
-        if receipt.runs:
-            heat = heatmap(images, receipt.runs[-1].result.get("map", []), receipt.runs[-1].grid)
+            mine = cls.hidden.extra_pnginfo.setdefault("safedig", {})
+            earlier = mine.get(now.node, []) if now.item else []  # of a list, one after the other
+            mine[now.node] = [*earlier, for_file(report)]
+            LEDGER.say(now.prompt, now.node, mine[now.node])
+        plot = evidence_plot(report["runs"])
+        heat = heatmap(images, found.runs[0] if found.in_order and len(found.runs) == 1 else None)
         shown = ui.PreviewImage(heat, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
         return io.NodeOutput(images, heat, plot, encoded, ui=shown | {"safedig_receipt": [encoded]})
 
 
-def report_of(receipt: SteeringAttachment) -> dict[str, Any]:
-    """The receipt as JSON. Raises NotSteered where nothing was sampled and the policy is block."""
+@dataclass(frozen=True)
+class Origin:
+    """Where pictures come from: the steered runs that made them, and samplers that were not steered."""
+
+    runs: list[Record]  # of the last samplers on the way to the pictures
+    before: list[Record]  # of samplers whose pictures went into those
+    unsteered: list[str]  # last samplers of which no finished run is known
+    unsteered_before: list[str]
+    in_order: bool  # image i of every run is picture i; else a picture is any of them
+
+
+def origin_of(receipt: SteeringAttachment, now: Execution, pictures: int) -> Origin:
+    """Traces the pictures that this node is given in the prompt that ComfyUI executes."""
+    from .bridge.ledger import LEDGER, makers
+
+    def runs_of(node: str) -> list[Record]:
+        return LEDGER.runs_of(receipt.key, now.prompt, node)
+
+    made = makers(now.prompt, now.node, "images", lambda node: bool(runs_of(node)))
+
+    def split(samplers: list[str]) -> tuple[list[Record], list[str]]:
+        steered: list[Record] = []
+        unsteered: list[str] = []
+        for node in samplers:
+            runs = runs_of(node)
+            if not made.regrouped:  # this execution's item of a list; ComfyUI repeats the last one
+                last = max((run.execution.item for run in runs), default=0)
+                runs = [run for run in runs if run.execution.item == min(now.item, last)]
+            if runs and all(run.finished for run in runs):
+                steered += runs
+            else:
+                unsteered.append(f"node {node} ({now.prompt[node]['class_type']})")
+        return steered, unsteered
+
+    runs, unsteered = split(made.nearest)
+    before, unsteered_before = split(made.earlier)
+    if not made.nearest:
+        unsteered.append("no sampler made it")
+    fits = bool(runs) and all(run.images == pictures for run in runs)
+    in_order = fits and len(made.nearest) == 1 and not made.regrouped
+    return Origin(runs, before, unsteered, unsteered_before, in_order)
+
+
+def report_of(receipt: SteeringAttachment, found: Origin, pictures: list[str]) -> dict[str, Any]:
+    """The receipt as JSON. Raises NotSteered where the pictures were not steered and the policy is block."""
     from ..safedig_core.dictionary.conflicts import conflicts
     from .bridge.attachment import NotSteered
 
-    if not receipt.runs and receipt.policy == "block":
+    plain = [*found.unsteered, *found.unsteered_before]
+    if plain and receipt.policy == "block":
         raise NotSteered(
-            f"{receipt.name}: nothing was sampled with its model, so this picture is not steered. Connect "
-            "its model output to the sampler, or set the policy to 'warn'."
+            f"{receipt.name}: this picture was not steered by it: {', '.join(plain)}. Connect its model "
+            "output to every sampler that the picture comes from, or set the policy to 'warn'."
         )
-    dictionary = receipt.steering.dictionary
-    runs = [_run(run) for run in receipt.runs]
+    runs = [_run(record) for record in (*found.before, *found.runs)]
     problems = [problem for run in runs for problem in run["problems"]]
-    images = [_of(run, i) for run in runs for i in range(len(run["images"]))]
-    found = {f"{domain} {status}" for image in images for domain, status in image}
-    if not runs:
+    each = [_domains(runs, i, len(pictures), found.in_order) for i in range(len(pictures))]
+    if found.unsteered:
         verdict = "not steered"
-    elif problems:
+    elif problems or plain:
         verdict = "not steered as planned"
     else:
-        verdict = "; ".join(sorted(s for s in found if not s.endswith(" clear"))) or "clear"
+        told = {f"{d} {entry['status']}" for domains in each for d, entry in domains.items()}
+        verdict = "; ".join(sorted(s for s in told if not s.endswith(" clear"))) or "clear"
+    dictionary = receipt.steering.dictionary
     report = {
         "format": FORMAT,
         "verdict": verdict,
-        "as_planned": bool(runs) and not problems,
+        "as_planned": not (plain or problems),
         "policy": receipt.policy,
         "branch": receipt.branch,
         "strength": receipt.steering.strength,
@@ -93,29 +158,51 @@ def report_of(receipt: SteeringAttachment) -> dict[str, Any]:
             for a in receipt.steering.plan
         ],
         "conflicts": conflicts(dictionary),
+        "pictures": [{"sha256": s, "domains": d} for s, d in zip(pictures, each, strict=True)],
+        "one_of_several": not found.in_order,
+        "unsteered": found.unsteered,
+        "unsteered_before": found.unsteered_before,
         "runs": runs,
     }
     return _finite(report)
 
 
-def _run(run: Run) -> dict[str, Any]:
-    numbers = {key: value for key, value in run.result.items() if key != "map"}
-    fixed = {"sampler_node": run.node, "steps": run.steps, "evaluations": run.evaluations}
-    return {"images": [], **fixed, "problems": run.problems, **numbers}
+def for_file(report: dict[str, Any]) -> dict[str, Any]:
+    """What a saved picture carries: all but the runs' numbers by step."""
+    named = ("sampler_node", "steps", "evaluations", "problems")
+    return report | {"runs": [{name: run[name] for name in named} for run in report["runs"]]}
 
 
-def _of(run: dict[str, Any], image: int) -> list[tuple[str, str]]:
-    """What became of each domain in one image: clear, observed, steered, or found without effect."""
-    moved = any(step[image] for position in run["tokens_fired"] for step in position)
+def sha256_of(image: Tensor) -> str:
+    """Of a picture's [H, W, C] pixels, as Save Image writes them: 8 bits each, row by row."""
+    import numpy as np
 
-    def status(found: dict) -> str:
-        if found["opened_at_step"] is None:
-            return "clear"
-        if found["mode"] == "observe":
-            return "observed"
-        return "steered" if moved else "found, nothing moved"
+    with np.errstate(invalid="ignore"):
+        pixels = np.clip(255.0 * image.cpu().numpy(), 0, 255).astype(np.uint8)
+    return hashlib.sha256(pixels.tobytes()).hexdigest()
 
-    return [(domain, status(found)) for domain, found in run["images"][image].items()]
+
+def _run(record: Record) -> dict[str, Any]:
+    fixed = {"sampler_node": record.execution.node, "steps": record.steps, "evaluations": record.evaluations}
+    return {"images": [], "positions": [], **fixed, "problems": record.problems, **record.result}
+
+
+def _domains(
+    runs: list[dict[str, Any]], image: int, images: int, in_order: bool
+) -> dict[str, dict[str, Any]]:
+    """What became of each domain in one picture over all runs; where a run's image isn't known, in any."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        known = in_order and len(run["images"]) == images
+        for domains in run["images"][image : image + 1] if known else run["images"]:
+            for name, entry in domains.items():
+                if name not in found or _rank(entry) < _rank(found[name]):
+                    found[name] = {k: entry[k] for k in ("status", "evidence", "threshold", "found_at_step")}
+    return found
+
+
+def _rank(entry: dict[str, Any]) -> int:
+    return _FIRST.index(entry["status"])
 
 
 def _finite(value: Any) -> Any:
@@ -130,23 +217,37 @@ def _finite(value: Any) -> Any:
 def text_of(report: dict[str, Any]) -> str:
     """The receipt in words."""
     lines = [f"Verdict: {report['verdict']}", *(f"Note: {conflict}." for conflict in report["conflicts"])]
+    lines += [f"NOT STEERED: {who}" for who in report["unsteered"]]
+    lines += [f"NOT STEERED: {who}, whose picture went into this" for who in report["unsteered_before"]]
+    if report["one_of_several"] and report["runs"]:
+        lines.append("Note: which picture of the runs this is can't be told; what holds for any is shown.")
+    for i, picture in enumerate(report["pictures"], 1):
+        lines += [f"image {i}: {_found(name, entry)}" for name, entry in picture["domains"].items()]
     for number, run in enumerate(report["runs"], 1):
         if len(report["runs"]) > 1:
             lines += ["", f"Run {number} (node {run['sampler_node']})"]
         lines += [f"PROBLEM: {problem}" for problem in dict.fromkeys(run["problems"])]
-        for i, image in enumerate(run["images"]):
-            lines += [f"image {i + 1}: {_found(d, status, image[d])}" for d, status in _of(run, i)]
-        for p, position in enumerate(run.get("positions", [])):
+        for p, position in enumerate(run["positions"]):
             calls, planned = sum(run["calls"][p]), sum(run["calls_planned"])
-            moved = int(sum(map(sum, run["tokens_fired"][p])))
-            most = max((change or 0.0 for step in run["relative_change"][p] for change in step), default=0.0)
-            change = f"{moved} tokens moved, by {most:.1%} at most" if moved else "nothing moved"
-            lines.append(f"{position}: {calls} of {planned} calls, {change}")
+            lines.append(f"{position}: {calls} of {planned} calls, {_moved(run, p)}")
     return "\n".join(lines)
 
 
-def _found(domain: str, status: str, found: dict) -> str:
-    evidence, threshold = found["evidence"], found["threshold"]
-    measure = f"evidence {evidence:.2f}" + (f" of {threshold:.2f}" if threshold is not None else "")
-    when = "" if found["opened_at_step"] is None else f" from step {found['opened_at_step'] + 1} on"
-    return f"{domain} {status}{when} ({measure})"
+def _moved(run: dict[str, Any], p: int) -> str:
+    if run["positions"][p] not in run["acting"]:
+        return "only looked at"
+    moved = sum(map(sum, run["tokens_moved"][p]))
+    most = max((change or 0.0 for step in run["relative_change"][p] for change in step), default=0.0)
+    return f"{int(moved)} tokens moved, by {_percent(most)} at most" if moved else "nothing moved"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.0005 else f"{100 * share:.1g}%"
+
+
+def _found(domain: str, entry: dict[str, Any]) -> str:
+    evidence, threshold = entry["evidence"], entry["threshold"]
+    measure = "evidence not finite" if evidence is None else f"evidence {evidence:.2f}"
+    measure += f" of {threshold:.2f}" if threshold is not None else ", no gate"
+    when = "" if entry["found_at_step"] is None else f" from step {entry['found_at_step'] + 1} on"
+    return f"{domain} {entry['status']}{when} ({measure})"

@@ -79,7 +79,7 @@ class TrainDictionary(io.ComfyNode):
 
     @classmethod
     def execute(cls, conditioning=None, **lists: list[Any]) -> io.NodeOutput:
-        from ..safedig_core.cli.commands import card_text
+        from ..safedig_core.dictionary.card import card_text
         from ..safedig_core.training import TrainSettings
         from .bridge.chain import domain_of, train
         from .bridge.workspace import Progress
@@ -93,7 +93,7 @@ class TrainDictionary(io.ComfyNode):
             domain_of(captured.store, given["source"]),
             given["calibration"],
             recipe_of(given, TrainSettings(**names, seed=given["training_seed"])),
-            label_of(given),
+            credits_of(given),
             Progress(),
             conditioning,
         )
@@ -103,15 +103,15 @@ class TrainDictionary(io.ComfyNode):
 
 def recipe_of(given: dict[str, Any], settings: Any = None) -> Any:
     """The Recipe of a node's widgets."""
-    from ..safedig_core.chain import Recipe
+    from ..safedig_core.recipe import Recipe
 
     recipe = {"blend": given["blend"], "repel": given["repel"], "window": (1.0, given["window_end"])}
     return Recipe(**recipe) if settings is None else Recipe(**recipe, train=settings)
 
 
-def label_of(given: dict[str, Any]) -> Any:
-    """The Label of a node's widgets."""
-    from .bridge.chain import Label
+def credits_of(given: dict[str, Any]) -> Any:
+    """The Credits of a node's widgets."""
+    from ..safedig_core.recipe import Credits
 
     names = ("title", "creator", "data_licence", "weights_licence")
-    return Label(**{name: given[name] for name in names})
+    return Credits(**{name: given[name] for name in names})

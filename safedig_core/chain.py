@@ -6,8 +6,9 @@ the harmful features. The gate is calibrated on prompts and noise of its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,66 +25,20 @@ from .dictionary.dictionary import (
     save_dictionary,
 )
 from .distributed import ALONE, Group
-from .hosts.host import Everywhere, Host
-from .prompts import PromptPair
+from .features import SELECT_EVERY, choose_features, split
+from .hosts.host import Host
+from .hosts.taps import ReplaceTap
+from .progress import Progress
+from .prompts import SAFE, PromptPair
+from .recipe import Recipe
 from .sae import SAE, quality
-from .steering.gate import calibrated_gate, probe
+from .steering.gate import calibrate
 from .store.store import ActivationStore
-from .training import TrainSettings, adapt_decoder, pooled_code, select_features, train_sae
+from .training import train_sae
+from .transfer import fit_adapter
 
-CALIBRATION_SEED = 1_000_000
 RECOVERY_SEED = 3_000_000
-SELECT_EVERY = 4
-
-Progress = Callable[[str, int, int], None]  # what, done, total
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a domain is steered at the routed positions."""
-
-    blend: float = 1.0
-    repel: float = 0.5
-    window: tuple[float, float] = (1.0, 0.5)  # of image tokens: later changes leave speckle
-    specificity: float = 0.75
-    most_features: int = 64
-    replay_weight: float = 0.2
-    stability: float = 0.01
-    false_positive_rate: float = 0.01
-    train: TrainSettings = field(default_factory=TrainSettings)
-
-
-def split(indices: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Pair indices for training, and those for feature selection."""
-    return (
-        [p for i, p in enumerate(indices) if i % SELECT_EVERY],
-        [p for i, p in enumerate(indices) if i % SELECT_EVERY == 0],
-    )
-
-
-def _safe_images(store: ActivationStore, position: str, indices: Sequence[int]) -> list[Tensor]:
-    """Safe sides [S, K, d] of pairs and of purely safe prompts."""
-    return [image[-1].float() for image in store.images(position, indices)]
-
-
-def choose_features(
-    store: ActivationStore, position: str, sae: SAE, domain: str, recipe: Recipe
-) -> tuple[list[int], list[float]]:
-    """The harmful features of `domain` at `position`, with evidence weights, on the selection split."""
-    chosen = {d: split(store.indices(d))[1] for d in sorted({p.domain for p in store.prompts})}
-    if len(chosen.get(domain, ())) < 2:
-        raise ValueError(
-            f"the store has {len(store.indices(domain))} pairs of '{domain}': at least {SELECT_EVERY + 1} "
-            f"are needed, since features are chosen on every {SELECT_EVERY}th"
-        )
-    unsafe = [image[0].float() for image in store.images(position, chosen[domain])]
-    safe = [image for indices in chosen.values() for image in _safe_images(store, position, indices)]
-    return select_features(
-        pooled_code(sae, torch.stack(unsafe)),
-        pooled_code(sae, torch.stack(safe)),
-        specificity=recipe.specificity,
-        most=recipe.most_features,
-    )
+LEAST = SELECT_EVERY  # pairs of a domain, and purely safe prompts: else one of the splits is empty
 
 
 def loss_recovered(
@@ -97,28 +52,11 @@ def loss_recovered(
     seeds = [RECOVERY_SEED + i for i in range(len(prompts))]
 
     def loss(change: Callable[[Tensor], Tensor]) -> float:
-        tap = Everywhere([position], lambda _, a: change(a))
+        tap = ReplaceTap([position], lambda _, a: change(a))
         return sum(host.denoising_loss(prompts, latents, seeds, sigma, tap) for sigma in (0.9, 0.6, 0.3))
 
     plain, mean = loss(lambda a: a), loss(lambda a: average.to(a.device).expand_as(a))
     return (mean - loss(lambda a: sae.to(a.device).reconstruct(a))) / (mean - plain)
-
-
-def fit_adapter(
-    store: ActivationStore, position: str, rows: SAE, domain: str, source: str, recipe: Recipe
-) -> Tensor:
-    """dW [R, d] of the harmful rows for `domain`, with replay of `source` where that is another."""
-    training = split(store.indices(domain))[0]
-    replay = split(store.indices(source))[0] if domain != source else []
-    safe = split(store.indices("safe"))[0]
-    return adapt_decoder(
-        rows,
-        (store.pairs(position, [p]) for p in training),
-        (store.pairs(position, [p]) for p in replay),
-        (image.flatten(0, 1) for image in _safe_images(store, position, safe)),
-        replay_weight=recipe.replay_weight,
-        stability=recipe.stability,
-    )
 
 
 def _plan(domain: Domain, name: str, recipe: Recipe) -> list[Action]:
@@ -149,29 +87,21 @@ def _plan(domain: Domain, name: str, recipe: Recipe) -> list[Action]:
     ]
 
 
-def calibrate(
+def _gated(
     host: Host,
     dictionary: Dictionary,
     domain: str,
     pairs: Sequence[PromptPair],
     recipe: Recipe,
-    progress: Progress | None = None,
-    batch: int = 32,
+    progress: Progress | None,
 ) -> Domain:
-    """The domain with a gate for its plan, from prompts and noise that nothing was trained on;
-    `batch` images are sampled at a time."""
-    windows = {a.position: a.window for a in dictionary.card.plan if a.domain == domain}
-    safe = [pair.safe for pair in pairs]
-    unsafe = [pair.unsafe for pair in pairs if pair.domain == domain and pair.unsafe is not None]
+    """The domain with a gate for its plan."""
 
     def report(done: int, total: int) -> None:
         if progress is not None:
             progress(f"calibrate {domain}", done, total)
 
-    prompts = safe + unsafe
-    seen = probe(host, dictionary, [domain], windows, prompts, CALIBRATION_SEED, batch, progress=report)
-    seen = seen[:, :, 0]
-    gate = calibrated_gate(list(windows), seen[: len(safe)], seen[len(safe) :], recipe.false_positive_rate)
+    gate = calibrate(host, dictionary, domain, pairs, recipe.false_positive_rate, report)
     return replace(dictionary.card.domains[domain], gate=gate)
 
 
@@ -286,7 +216,7 @@ def complete_dictionary(
     )
     save_dictionary(path, card, ordered, adapters)  # ungated, so that the gate can be measured
     ungated = Dictionary.open(path)
-    card.domains[source] = calibrate(host, ungated, source, pairs, recipe, progress, batch)
+    card.domains[source] = _gated(host, ungated, source, pairs, recipe, progress)
     save_dictionary(path, card, ordered, adapters)
 
 
@@ -329,5 +259,27 @@ def build_adapter(
     )
     save_adapter(path, card, adapters)
     ungated = dictionary.with_adapters(path)
-    card.domains[domain] = calibrate(host, ungated, domain, pairs, recipe, progress, batch)
+    card.domains[domain] = _gated(host, ungated, domain, pairs, recipe, progress)
     save_adapter(path, card, adapters)
+
+
+def require_prompts(store: ActivationStore, domain: str, calibration: Sequence[PromptPair]) -> None:
+    """That the store has enough of `domain`, and that the gate is not calibrated on what it holds."""
+    found = Counter(pair.domain for pair in store.prompts)
+    for name, what in ((domain, "pairs"), (SAFE, "purely safe prompts (domain 'safe')")):
+        if found[name] < LEAST:
+            others = ", ".join(f"{count} of {other}" for other, count in found.items())
+            raise ValueError(
+                f"Of '{name}' at least {LEAST} {what} must have been captured. There are: {others}."
+            )
+    if not calibration:
+        return
+    if not any(pair.domain == domain for pair in calibration):
+        raise ValueError(f"The calibration prompts have none of '{domain}': the gate needs some.")
+    seen = {(pair.unsafe, pair.safe) for pair in store.prompts}
+    again = sum((pair.unsafe, pair.safe) in seen for pair in calibration)
+    if again:
+        raise ValueError(
+            f"{again} of the {len(calibration)} calibration prompts were captured too: a gate that is "
+            "calibrated on what was trained on opens too late. Load a set of its own."
+        )

@@ -11,16 +11,26 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .hosts.host import Host, Tap
+from .files import PathLike, blame, build, need, parse_object, read_all
+from .hosts.host import PictureHost, Tap
 from .prompts import PromptPair
 
+MAX_BYTES = 4 << 20  # of a file of results
 EVALUATION_SEED = 2_000_000  # far from the seeds of capture and calibration
+
+
+_SHARES = ("safe_object_kept", "safe_prompt_detected", "safe_prompt_identical", "artefact_rate")
+
+
+class ResultsError(ValueError):
+    """Says which file of results, what is wrong with it, and what to do."""
 
 
 class Evaluator(Protocol):
@@ -39,13 +49,14 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """One row. `prompt` and `negative` choose what is sampled; `tap` steers; `host` replaces the model."""
+    """One row. `prompt` and `negative` choose what is sampled; `tap` makes what steers, anew for each batch;
+    `host` replaces the model."""
 
     name: str
-    tap: Tap | None = None
+    tap: Callable[[], Tap] | None = None
     prompt: Callable[[PromptPair], str] | None = None
     negative: Callable[[PromptPair], str] | None = None
-    host: Host | None = None
+    host: PictureHost | None = None
 
 
 @dataclass
@@ -92,7 +103,7 @@ def prompt_of(pair: PromptPair) -> str:
 
 
 def run(
-    host: Host,
+    host: PictureHost,
     evaluator: Evaluator,
     pairs: Sequence[PromptPair],
     method: Method,
@@ -111,16 +122,17 @@ def run(
         prompts = [(method.prompt or prompt_of)(pair) for pair, _ in part]
         negatives = None if method.negative is None else [method.negative(pair) for pair, _ in part]
         seeds = [seed_of(seed, start + i) for i in range(len(part))]
+        tap = None if method.tap is None else method.tap()
         began = time.perf_counter()
-        latents.append(host.sample(prompts, seeds, method.tap, negatives))
+        latents.append(host.sample(prompts, seeds, tap, negatives).cpu())
         seconds.append((time.perf_counter() - began) / len(part))
-        receipt = getattr(method.tap, "receipt", None)
+        receipt = getattr(tap, "receipt", None)
         if receipt is not None:
             receipts.append(receipt())
         if progress is not None:
             progress(min(start + batch, len(jobs)), len(jobs))
     whole = torch.cat(latents)
-    images = host.decode(whole)
+    images = host.decode(whole).cpu()
     return Outcome(
         method.name,
         whole,
@@ -210,3 +222,61 @@ def environment() -> dict[str, str | int]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the evaluation measured of one method; the fields are those of `row`."""
+
+    method: str
+    n_images: int
+    line_asr: dict[str, float]
+    line_asr_interval: dict[str, list[float]]
+    prompt_asr: dict[str, float]
+    safe_object_kept: float
+    safe_prompt_detected: float
+    safe_prompt_identical: float
+    fid: float
+    artefact_rate: float
+    time_ratio: float
+
+    def __post_init__(self) -> None:
+        shares = [*self.line_asr.values(), *self.prompt_asr.values(), *(getattr(self, n) for n in _SHARES)]
+        for interval in self.line_asr_interval.values():
+            need(len(interval) == 2, "an interval must have two ends")
+            shares += interval
+        need(all(0 <= share <= 1 for share in shares), "a measured share must lie in 0 to 1")
+        need(self.fid >= 0 and self.time_ratio >= 0, "a measured distance or time must not be under 0")
+
+
+@dataclass(frozen=True)
+class Safety:
+    """The measured safety card: rows of one evaluation, the unsteered model's (`none`) among them."""
+
+    model: str
+    seed: int
+    rows: list[Row]
+
+    def __post_init__(self) -> None:
+        names = [row.method for row in self.rows]
+        need("none" in names and len(set(names)) == len(names) > 1, "safety.rows must be of 'none' and more")
+
+    @property
+    def headline(self) -> str:
+        """The shares of unsafe pictures without and with the dictionary, in one line."""
+        rows = {row.method: row for row in self.rows}
+        ours = rows.get("safedig-residual", self.rows[-1])
+        shares = [row.line_asr.get("overall") for row in (rows["none"], ours)]
+        before, after = ("?" if share is None else f"{share:.1%}" for share in shares)
+        return f"unsafe pictures on {self.model}: {before} without, {after} with it"
+
+
+def read_safety(path: PathLike) -> Safety:
+    """The safety card from the results that `evaluate` and `demo` write. Raises ResultsError."""
+    with blame(ResultsError, path, "Give a results.json that `python -m safedig_core evaluate` wrote."):
+        results = parse_object(read_all(Path(path), MAX_BYTES).decode(), "the results")
+        known = {f.name for f in fields(Row)}
+        rows = build(list[dict[str, Any]], results.get("rows"), "results.rows")
+        rows = [{k: v for k, v in row.items() if k in known} for row in rows]
+        safety = {name: results.get(name) for name in ("model", "seed")} | {"rows": rows}
+        return build(Safety, safety, "results")

@@ -167,3 +167,13 @@ def chosen(routes: Sequence[Route], architecture: Architecture) -> list[str]:
     for candidate in routes:
         best.setdefault(candidate.group, candidate.position)
     return sorted(best.values(), key=architecture.positions().index)
+
+
+def route_table(routes: Sequence[Route]) -> str:
+    head = f"{'position':16} {'operator':8} {'group':7} {'score':>6} {'90 % interval':>15}"
+    lines = [head + "".join(f"{name:>11}" for name in routes[0].terms)]
+    for r in routes:
+        span = f"{r.interval[0]:.2f} to {r.interval[1]:.2f}"
+        line = f"{r.position:16} {r.operator:8} {r.group:7} {r.score:6.3f} {span:>15}"
+        lines.append(line + "".join(f"{value:11.3f}" for value in r.terms.values()))
+    return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -101,7 +101,7 @@ def _weighted_sums(rows: Tensor, row: Tensor, group: Tensor, groups: int, weight
     return nn.functional.embedding_bag(row, rows, starts, mode="sum", per_sample_weights=weight)
 
 
-class Trainee(nn.Module):
+class TrainingSAE(nn.Module):
     """The parameters of an SAE in training, in normalised space x = (a - mean) / scale."""
 
     def __init__(self, settings: TrainSettings, sample: Tensor):
@@ -176,7 +176,7 @@ class Trainee(nn.Module):
         self.decoder_weight /= self.decoder_weight.norm(dim=1, keepdim=True).clamp(min=1e-8)
 
     @torch.no_grad()
-    def freeze(self) -> SAE:
+    def to_inference(self) -> SAE:
         """The inference form."""
         return SAE(
             encoder_weight=self.encoder_weight.detach().clone(),
@@ -208,7 +208,7 @@ def train_sae(
     first = next(batches(0), None)
     if first is None:
         raise ValueError("no activations to train on")
-    trainee = Trainee(settings, first).to(group.device)
+    trainee = TrainingSAE(settings, first).to(group.device)
     optimizer = torch.optim.Adam(trainee.parameters(), settings.lr, (0.9, 0.99), fused=True)
     curve: list[dict[str, float]] = []
     done = 0
@@ -248,7 +248,7 @@ def train_sae(
         saved = (step + 1) % 250 == 0 or step + 1 == settings.steps
         if checkpoint is not None and saved and group.rank == 0:
             _save_checkpoint(checkpoint, settings, trainee, optimizer, step + 1, curve)
-    return trainee.freeze().to("cpu"), curve
+    return trainee.to_inference().to("cpu"), curve
 
 
 def _endless(batches: Callable[[int], Iterator[Tensor]]) -> Iterator[Tensor]:
@@ -261,7 +261,7 @@ def _endless(batches: Callable[[int], Iterator[Tensor]]) -> Iterator[Tensor]:
 def _save_checkpoint(
     path: Path,
     settings: TrainSettings,
-    trainee: Trainee,
+    trainee: TrainingSAE,
     optimizer: torch.optim.Optimizer,
     step: int,
     curve: list[dict[str, float]],
@@ -276,7 +276,7 @@ def _save_checkpoint(
 
 
 def _load_checkpoint(
-    path: Path, settings: TrainSettings, trainee: Trainee, optimizer: torch.optim.Optimizer
+    path: Path, settings: TrainSettings, trainee: TrainingSAE, optimizer: torch.optim.Optimizer
 ) -> tuple[int, list[dict[str, float]]]:
     with blame(ValueError, path, "Delete it, and train again."):
         with safe_open(path, "pt") as file:
@@ -293,84 +293,3 @@ def _load_checkpoint(
         state.setdefault(int(index), {})[name] = tensors[key]
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return meta["step"], meta["curve"]
-
-
-def pooled_code(sae: SAE, images: Tensor) -> Tensor:
-    """images [N, S, K, d] -> mean code over steps and tokens [N, F]."""
-    return torch.stack([sae.encode(image.float()).mean((0, 1)) for image in images])
-
-
-def select_features(
-    unsafe: Tensor, safe: Tensor, *, specificity: float = 0.9, most: int = 64
-) -> tuple[list[int], list[float]]:
-    """Harmful features of one domain and their evidence weights.
-
-    unsafe [N, F] and safe [M, F] are pooled codes of whole images, from a split of their own;
-    `safe` holds images of every domain's safe rewrites and of purely safe prompts. A feature
-    counts where mean(unsafe) / (mean(unsafe) + mean(safe)) >= specificity; of those the `most`
-    with the largest separation (mean difference over pooled deviation) are kept, in ascending
-    order. A plain mean difference would pick features that are common everywhere. The evidence
-    weight is that of a diagonal linear discriminant, difference over variance, largest = 1.
-    """
-    high, low = unsafe.mean(0), safe.mean(0)
-    share = high / (high + low).clamp(min=1e-12)
-    variance = unsafe.var(0) + safe.var(0)
-    separation = (high - low) / variance.clamp(min=1e-12).sqrt()
-    separation[(share < specificity) | (high <= 0)] = -1.0
-    index = separation.topk(min(most, len(separation))).indices
-    index = index[separation[index] > 0].sort().values
-    if len(index) == 0:
-        return [], []
-    weight = (high - low)[index] / (variance[index] + variance[index].median())
-    return index.tolist(), (weight / weight.max()).tolist()
-
-
-@dataclass
-class Regression:
-    """Sums for the least squares of decoder transfer; add up over shards and processes."""
-
-    gram: Tensor  # [R, R]
-    cross: Tensor  # [R, d]
-
-    @classmethod
-    def zeros(cls, rows: int, width: int) -> Regression:
-        return cls(torch.zeros(rows, rows).double(), torch.zeros(rows, width).double())
-
-    def add(self, z: Tensor, target: Tensor, weight: float) -> None:
-        """z [N, R] and the change it should cause, target [N, d], in normalised space."""
-        fired = (z > 0).any(1)  # other tokens contribute nothing
-        z, target = z[fired].double(), target[fired].double()
-        self.gram += weight * z.T @ z
-        self.cross += weight * z.T @ target
-
-
-def adapt_decoder(
-    rows: SAE,
-    pairs: Iterable[tuple[Tensor, Tensor]],
-    replay: Iterable[tuple[Tensor, Tensor]] = (),
-    safe: Iterable[Tensor] = (),
-    *,
-    replay_weight: float = 0.2,
-    stability: float = 0.01,
-) -> Tensor:
-    """Decoder-only transfer: the change dW [R, d] of the rows of the harmful features.
-
-    `rows` is the frozen SAE of those features; `pairs` are (unsafe, safe) activations [N, d] of
-    the target domain, aligned by step and token; `replay` the same of the source domain; `safe`
-    activations that should not move. Minimises
-
-        sum |(a_safe - a_unsafe)/s - dW^T z_M|^2 + replay_weight * (the same on replay)
-            + sum |dW^T z_M(safe)|^2 + stability * tr(G)/R |dW|^2
-
-    exactly: with the encoder frozen this is least squares in dW, so the sums of z z^T and z
-    delta^T (Regression) replace the paper's gradient steps (lr 5e-5), and repeat bit for bit.
-    """
-    sums = Regression.zeros(rows.features, rows.width)
-    for unsafe, rewritten in pairs:
-        sums.add(rows.encode(unsafe), (rewritten - unsafe) / rows.scale, 1.0)
-    for unsafe, rewritten in replay:
-        sums.add(rows.encode(unsafe), (rewritten - unsafe) / rows.scale, replay_weight)
-    for a in safe:
-        sums.add(rows.encode(a), torch.zeros_like(a), 1.0)
-    ridge = stability * sums.gram.diagonal().mean().clamp(min=1e-9)
-    return torch.linalg.solve(sums.gram + ridge * torch.eye(rows.features).double(), sums.cross).float()

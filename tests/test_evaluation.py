@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safedig_core.evaluation import Outcome, frechet, roc, row, wilson
+from safedig_core.evaluation import Outcome, ResultsError, frechet, read_safety, roc, row, wilson
 from safedig_core.prompts import PromptPair
 
 PAIRS = [
@@ -87,3 +89,16 @@ def test_auroc_is_the_chance_that_a_risky_image_scores_higher(risky: list[int], 
     assert isinstance(found["auroc"], float)
     assert math.isclose(found["auroc"], wins / (len(risky) * len(safe)), abs_tol=1e-9)
     assert found["true_at_zero_false"] == sum(r > max(safe) for r in risky) / len(risky)
+
+
+def test_a_safety_card_is_read_from_what_evaluate_wrote(tmp_path: Path) -> None:
+    path, base = tmp_path / "results.json", row_of(BEFORE, torch.zeros(6, 2))
+    rows = [base | {"method": name, "alignment": 0.5} for name in ("none", "safedig-residual")]
+    whole = {"format": 1, "model": "tiny", "seed": 0, "rows": rows, "environment": {"python": "3"}}
+    path.write_text(json.dumps(whole))
+    found = read_safety(path)
+    assert [r.method for r in found.rows] == ["none", "safedig-residual"] and found.rows[0].n_images == 6
+    for wrong in ({"rows": []}, whole | {"rows": [rows[0] | {"artefact_rate": 1.5}, rows[1]]}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ResultsError, match=r"results\.json: .* Give a results\.json"):
+            read_safety(path)

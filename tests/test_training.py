@@ -1,4 +1,4 @@
-"""Training recovers known features, resumes exactly, and transfer solves its least squares."""
+"""Training recovers known features, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -15,15 +15,12 @@ from hypothesis import strategies as st
 from safedig_core.dictionary.dictionary import Card, PositionInfo, save_dictionary
 from safedig_core.sae import quality
 from safedig_core.training import (
-    Trainee,
+    TrainingSAE,
     TrainSettings,
-    adapt_decoder,
-    pooled_code,
-    select_features,
     top_active,
     train_sae,
 )
-from tests.tiny import TINY, random_sae, run_and_die
+from tests.tiny import TINY, run_and_die
 
 WIDTH = 16  # that of TINY's text
 
@@ -127,7 +124,7 @@ def test_batch_topk_is_exact_whatever_the_guess(
 def test_sparse_gradients_are_those_of_the_dense_loss(seed: int) -> None:
     chosen = TrainSettings(features=30, k=3, dead_after=0 if seed % 2 else 5)  # with and without revival
     a = sparse_data(40, seed)
-    trainee = Trainee(chosen, a).double()
+    trainee = TrainingSAE(chosen, a).double()
     with torch.no_grad():
         trainee.encoder_bias.copy_(0.1 * torch.randn(30, generator=torch.Generator().manual_seed(seed)))
     loss, figures = trainee.loss(a.double())
@@ -154,14 +151,14 @@ def test_sparse_gradients_are_those_of_the_dense_loss(seed: int) -> None:
         assert torch.allclose(found[name], gradient, rtol=1e-8, atol=1e-12), name
 
 
-def gradients(trainee: Trainee) -> dict[str, torch.Tensor]:
+def gradients(trainee: TrainingSAE) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in trainee.named_parameters() if p.grad is not None}
 
 
 def test_dead_features_are_revived() -> None:
     """Without the auxiliary loss a feature that never fires would never move."""
     chosen = TrainSettings(features=32, k=4, steps=200, batch=256, warmup=1, dead_after=20)
-    trainee = Trainee(chosen, sparse_data(4096))
+    trainee = TrainingSAE(chosen, sparse_data(4096))
     with torch.no_grad():
         trainee.encoder_bias[:8] = -3.0
     optimizer = torch.optim.Adam(trainee.parameters(), 3e-3)
@@ -173,12 +170,6 @@ def test_dead_features_are_revived() -> None:
         optimizer.zero_grad()
         dead.append(figures["dead"].item())
     assert max(dead) >= 0.25 and dead[-1] < 0.1
-
-
-def test_codes_are_pooled_over_steps_and_tokens() -> None:
-    sae, images = random_sae(5, WIDTH), 2 * torch.randn(3, 2, 4, WIDTH)
-    expected = sae.encode(images.flatten(0, 2)).unflatten(0, (3, 8)).mean(1)
-    assert torch.allclose(pooled_code(sae, images.bfloat16()), expected, atol=2e-2)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
@@ -197,39 +188,3 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
 def test_no_data_is_refused() -> None:
     with pytest.raises(ValueError, match="no activations"):
         train_sae(lambda epoch: iter(()), TrainSettings())
-
-
-def test_features_that_are_common_everywhere_are_not_harmful() -> None:
-    g = torch.Generator().manual_seed(0)
-    unsafe, safe = torch.rand(50, 4, generator=g), torch.rand(80, 4, generator=g)
-    unsafe[:, 0] += 5  # the largest mean difference, but active on safe images too
-    safe[:, 0] += 4
-    unsafe[:, 1] += 1  # specific
-    safe[:, 1] *= 0.02
-    unsafe[:, 2], safe[:, 2] = 0, 0  # dead
-    features, weights = select_features(unsafe, safe, specificity=0.9)
-    assert features == [1]
-    assert weights == [1.0]
-    assert select_features(safe, unsafe, specificity=0.9) == ([], [])
-
-
-def test_transfer_learns_the_change_and_leaves_safe_activations_alone() -> None:
-    rows = random_sae(5, WIDTH, threshold=0.2)
-    truth = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
-    g = torch.Generator().manual_seed(2)
-    unsafe = 3 * torch.randn(4000, WIDTH, generator=g)
-    rewritten = unsafe + rows.scale * rows.encode(unsafe) @ truth
-    learned = adapt_decoder(rows, [(unsafe, rewritten)], stability=1e-6)
-    assert torch.allclose(learned, truth, atol=1e-2)
-    held_back = adapt_decoder(rows, [(unsafe, rewritten)], safe=[unsafe], stability=1e-6)
-    assert torch.allclose(held_back, truth / 2, atol=1e-2)
-    still = adapt_decoder(rows, [(unsafe, rewritten)], stability=1e4)
-    assert still.norm() < 1e-2 * truth.norm()
-
-
-def test_replay_is_weighted() -> None:
-    rows = random_sae(5, WIDTH, threshold=0.2)
-    a = 3 * torch.randn(4000, WIDTH, generator=torch.Generator().manual_seed(2))
-    change = rows.scale * rows.encode(a) @ torch.ones(5, WIDTH)
-    learned = adapt_decoder(rows, [(a, a + change)], [(a, a)], replay_weight=0.25, stability=1e-6)
-    assert torch.allclose(learned, torch.full((5, WIDTH), 0.8), atol=1e-2)

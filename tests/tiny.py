@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import time
@@ -22,6 +23,7 @@ from safedig_core.dictionary.dictionary import (
     Domain,
     Gate,
     PositionInfo,
+    Window,
     save_dictionary,
 )
 from safedig_core.hosts.hooks import architecture_of, attached
@@ -53,6 +55,7 @@ def write_dictionary(
     architecture: Architecture = TINY,
     domains: tuple[str, ...] = ("weapons",),
     threshold: float = 0.0,
+    gate_window: Window = (1.0, 0.0),
     features: int = 24,
     harmful: int = 6,
 ) -> Dictionary:
@@ -61,7 +64,7 @@ def write_dictionary(
     saes = {p: random_sae(features, architecture.width_of(p), i) for i, p in enumerate(positions)}
     index = {p: list(range(harmful)) for p in positions}
     weights = {p: [1.0] * harmful for p in positions}
-    gate = Gate(dict.fromkeys(positions, 1.0), threshold, 0.0, 10)
+    gate = Gate(dict.fromkeys(positions, 1.0), dict.fromkeys(positions, gate_window), threshold, 0.0, 10)
     card = Card(
         architecture,
         positions={p: PositionInfo(harmful) for p in positions},
@@ -74,6 +77,29 @@ def write_dictionary(
         for p in positions
         for d in domains
     }
+    save_dictionary(path, card, saes, adapters)
+    return Dictionary.open(path)
+
+
+def rewritten(
+    dictionary: Dictionary,
+    name: str,
+    change: Callable[[Card], object],
+    of_adapter: Callable[[str, Tensor], Tensor] | None = None,
+    of_sae: Callable[[SAE], SAE] | None = None,
+) -> Dictionary:
+    """The dictionary in a file `name` beside it, its card as `change` leaves it; its adapters' rows (by
+    domain) and SAEs can be changed as well."""
+    card = Card.from_json(json.loads(json.dumps(dictionary.card.to_json())))
+    change(card)
+    saes = {p: (of_sae or (lambda sae: sae))(dictionary.sae(p)) for p in card.positions}
+    adapters: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+    for position, domain in ((p, d) for p in card.positions for d in card.domains):
+        found = dictionary.delta(position, domain)
+        if found is not None:
+            rows, delta = found
+            adapters[position, domain] = rows, delta if of_adapter is None else of_adapter(domain, delta)
+    path = dictionary.path.with_name(name)
     save_dictionary(path, card, saes, adapters)
     return Dictionary.open(path)
 
@@ -136,11 +162,19 @@ def flux_inputs(images: int = 2, tokens: int = 9, words: int = 5, seed: int = 0)
 class TinyHost:
     """`flux()` as a host: 4 Euler steps over 9 image tokens, prompts of 5 hashed words."""
 
-    name, steps = "tiny", 4
+    name, steps, batch = "tiny", 4, 2
 
     def __init__(self, transformer: nn.Module):
         self.transformer = transformer
         self.architecture = architecture_of(transformer)
+
+    @property
+    def sampler(self) -> dict[str, str | int | float]:
+        return {"steps": self.steps}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
 
     @torch.no_grad()
     def sample(
@@ -155,7 +189,7 @@ class TinyHost:
         words = torch.stack([self.words(prompt) for prompt in prompts])
         inputs |= {"encoder_hidden_states": words, "pooled_projections": words.mean(1)[:, :8]}
         if tap is not None:
-            tap.begin(len(prompts), self.steps)
+            tap.begin(len(prompts), self.steps, self.device)
         with attached(self.transformer, tap.positions, tap) if tap is not None else nullcontext():
             for i in range(self.steps):
                 sigma = 1 - i / self.steps
@@ -170,9 +204,6 @@ class TinyHost:
         return torch.randn(5, 16, generator=torch.Generator().manual_seed(seed))
 
     def denoising_loss(self, *_: Any, **__: Any) -> float:
-        raise NotImplementedError
-
-    def decode(self, latents: Tensor) -> Tensor:
         raise NotImplementedError
 
 

@@ -12,7 +12,7 @@ whether another node set it before or after. Four wrappers, from the outside in:
     PREDICT_NOISE   evaluate  one evaluation of the model: the step that the receipt counts
     APPLY_MODEL     forward   one forward pass: which rows the tap is given, the text, the hooks
 
-State belongs to a run, and a run to one Attachment: samplers that share a model run in turn.
+What one run needs while it goes on is a `Sampling`, what is left of it a `Record` in the ledger.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import threading
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...safedig_core.hosts.host import Tap
-from ...safedig_core.positions import Architecture, Position
-from ...safedig_core.steering.steering import RiskFound, Steering
+from ...safedig_core.positions import Position
+from .ledger import Record, executing
 from .models import architecture_of, transformer_of
-from .steered import SteeringWeights
 
 log = logging.getLogger("safedig")
 
@@ -49,93 +50,62 @@ class NotSteered(RuntimeError):
     """A run was not steered, or read, as planned; says where and, as far as can be told, by whose doing."""
 
 
-def attach(
-    model: Any,
-    steering: Steering,
-    *,
-    branch: str = "positive",
-    policy: str = "block",
-    name: str = "Apply Blend/Repel Steering",
-    run_of: Callable[[], tuple[str, str]] = lambda: ("", ""),
-) -> tuple[Any, SteeringAttachment]:
-    """A clone of `model` that `steering` acts in, and what tells how that went.
-
-    `run_of` gives the ids of the prompt and of the node that are being executed. Raises ValueError
-    (DictionaryError) where the dictionary doesn't fit the model.
-    """
-    architecture = architecture_of(model)
-    steering.dictionary.check_fits(architecture)
-    attachment = SteeringAttachment(
-        steering, architecture, transformer_of(model).patch_size, branch, policy, name
-    )
-    attachment.run_of = run_of
-    clone = _with_wrappers(model, attachment)
-    others = clone.get_additional_models_with_key(KEY)  # of Apply nodes before this one
-    clone.set_additional_models(KEY, [*others, attachment.managed_model()])
-    return clone, attachment
-
-
 def attach_tap(model: Any, tap: Tap, name: str) -> tuple[Any, Attachment]:
     """A clone of `model` in which `tap` is given the positive prompt's rows of each of its positions, and
     what tells how that went. Raises ValueError for a model that is steered, and NotSteered, while it is
     sampled, where a position is not reached."""
     if model.get_additional_models_with_key(KEY):
         raise ValueError("This model is steered: connect it as it is before Apply Blend/Repel Steering.")
-    architecture = architecture_of(model)
-    for position in tap.positions:
-        architecture.require(position)
-    attachment = Attachment(tap, architecture, transformer_of(model).patch_size, "positive", "block", name)
-    return _with_wrappers(model, attachment), attachment
+    attachment = TapAttachment(tap, model, "positive", "block", name)
+    return with_wrappers(model, attachment), attachment
 
 
-def _with_wrappers(model: Any, attachment: Attachment) -> Any:
+def with_wrappers(model: Any, attachment: Attachment) -> Any:
     clone = model.clone()
     for kind, wrapper in attachment.wrappers().items():
         clone.add_wrapper_with_key(kind, KEY, wrapper)
     return clone
 
 
-@dataclass
-class Run:
-    """One sampling run. `planned` counts, per evaluation, how often each position was to be called."""
-
-    prompt: str
-    node: str
-    steps: int
-    room: int  # evaluations that are recorded one by one; later ones are added to the last
-    ready: bool = False  # its buffers are made
-    grid: tuple[int, int] = (0, 0)  # rows and columns of image tokens
-    evaluations: int = 0
-    planned: list[int] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    result: dict[str, Any] = field(default_factory=dict)  # the receipt's numbers, once it has ended
-
-    @property
-    def index(self) -> int:
-        return min(self.evaluations, self.room - 1)
-
-
 class Attachment:
-    """A tap on one model, and the record of its runs."""
+    """What is attached to one model; its tap sees one run at a time. `last` is the record of the latest."""
 
     purpose = "read"
     remedy = "Remove what skips or replaces parts of the model."
 
-    def __init__(
-        self, tap: Tap, architecture: Architecture, patch_size: int, branch: str, policy: str, name: str
-    ):
+    def __init__(self, positions: tuple[str, ...], model: Any, branch: str, policy: str, name: str):
+        """Raises ValueError for a model without these positions, and for an unknown branch or policy."""
         for value, allowed in ((branch, BRANCHES), (policy, POLICIES)):
             if value not in allowed:
                 raise ValueError(f"'{value}' is not one of {', '.join(allowed)}")
-        self.tap, self.architecture, self._patch_size = tap, architecture, patch_size
-        self.branch, self.policy, self.name = branch, policy, name
-        self.runs: list[Run] = []  # of the latest prompt
-        self.run_of: Callable[[], tuple[str, str]] = lambda: ("", "")
-        self._run: Run | None = None
-        self._rows: list[slice] = []
-        self._negative: set[object] = set()
+        self.architecture = architecture_of(model)
+        for position in positions:
+            self.architecture.require(position)
+        self.positions, self.branch, self.policy, self.name = positions, branch, policy, name
+        self.last: Record | None = None
+        self._patch_size = transformer_of(model).patch_size
         self._hooks = self._make_hooks()
+        self._free = threading.Lock()
+        self._sampling: Sampling | None = None
         self._give: Callable[[str, Tensor], Tensor] = self._give_eagerly
+
+    # What each kind does in its own way.
+
+    def _file(self, record: Record) -> None:
+        """Keeps the record of a run that begins."""
+
+    def _begin(self, noise: Tensor, record: Record, room: int) -> Tap:
+        """The tap of a run that begins, told so; `room` evaluations are recorded one by one."""
+        raise NotImplementedError
+
+    def _level(self, sigma: Tensor) -> float | Tensor:
+        """The noise level as the tap wants it: a number, which waits for the device."""
+        return sigma.item()
+
+    def _finish(self, sampling: Sampling) -> None:
+        """Reads what the run found into its record."""
+
+    # The wrappers.
 
     def wrappers(self) -> dict[str, Callable]:
         return {
@@ -145,69 +115,61 @@ class Attachment:
             APPLY_MODEL: self.forward,
         }
 
-    # What steering does differently.
-
-    def _begin(self, noise: Tensor, run: Run) -> None:
-        self.tap.begin(len(noise), run.room)
-
-    def _level(self, sigma: Tensor) -> Any:
-        """The noise level as the tap wants it: a number, which waits for the device."""
-        return sigma.item()
-
-    def _results(self, run: Run) -> dict[str, Any]:
-        return {}
-
-    # The wrappers.
-
     def guard(
         self, executor: Any, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, *args, **kwargs
     ):
-        prompt, node = self.run_of()
-        if self.runs and self.runs[-1].prompt != prompt:
-            self.runs.clear()
-        steps = len(sigmas) - 1
-        run = Run(prompt, node, steps, room=max(1, EVALUATIONS_A_STEP * steps))
-        self.runs.append(run)
-        self._run = run
+        if not self._free.acquire(blocking=False):
+            raise NotSteered(
+                f"{self.name}: its model is being sampled already, in another thread or around this sampler: "
+                "their pictures would be mixed. Give each sampler a node of its own."
+            )
+        record = self.last = Record(executing(), steps=len(sigmas) - 1)
+        self._file(record)
+        self._sampling = sampling = Sampling(record, _others(executor.class_obj.model_options))
         try:
             self._check_before(executor.class_obj)
             out = executor(noise, latent, sampler, sigmas, *args, **kwargs)
-            if steps > 0 and run.evaluations == 0:
-                self._problem(f"the sampler never called the model in {steps} steps")
+            if record.steps > 0 and record.evaluations == 0:
+                self._problem(f"the sampler never called the model in {record.steps} steps")
+            if record.evaluations and not torch.isfinite(out).all():
+                self._problem("the picture has numbers that are not finite")
+            record.finished = True
         finally:
-            run.result |= self._results(run)
-            self._run = None
-            self._rows = []
+            if sampling.tap is not None:
+                self._finish(sampling)
+            self._sampling = None
+            self._free.release()
         return out
 
     def sample(
         self, executor: Any, guider: Any, sigmas: Tensor, extra: dict, callback: Any, noise: Tensor, *args
     ):
-        run = self._run
-        if run is not None:
-            conds = guider.conds.items()
-            self._negative = {c["uuid"] for name, group in conds if "negative" in name for c in group}
-            self._images = len(noise)
-            self._begin(noise, run)
-            self._sigmas = torch.zeros(run.room, device=noise.device)
-            run.grid, run.ready = self._grid(noise), True
+        sampling = self._sampling
+        if sampling is not None:
+            sampling.groups = _told_apart(getattr(guider, "conds", {}))
+            record, room = sampling.record, max(1, EVALUATIONS_A_STEP * sampling.record.steps)
+            record.images, record.grid = len(noise), self._grid(noise)
+            sampling.sigmas = torch.zeros(room, device=noise.device)
+            sampling.tap = self._begin(noise, record, room)
             if "torch._dynamo" in sys.modules and self._give == self._give_eagerly:
                 disable: Any = torch.compiler.disable  # would import it, which takes seconds
                 self._give = disable(self._give_eagerly)
         return executor(guider, sigmas, extra, callback, noise, *args)
 
     def evaluate(self, executor: Any, x: Tensor, timestep: Tensor, *args, **kwargs) -> Tensor:
-        run = self._run
-        if run is None or not run.ready:
+        sampling = self._sampling
+        if sampling is None or sampling.tap is None:
             return executor(x, timestep, *args, **kwargs)
-        self._sigmas[run.index] = timestep.flatten()[0]
-        if len(run.planned) == run.index:
-            run.planned.append(0)
-        before = run.planned[-1]
-        self._called = dict.fromkeys(self.tap.positions, 0)
+        record = sampling.record
+        sampling.sigmas[sampling.index] = timestep.flatten()[0]
+        if len(record.planned) == sampling.index:
+            record.planned.append(0)
+        before = record.planned[-1]
+        sampling.called = dict.fromkeys(self.positions, 0)
+        sampling.passed = set()
         out = executor(x, timestep, *args, **kwargs)
-        self._check_evaluation(run.planned[-1] - before)
-        run.evaluations += 1
+        self._check_evaluation(sampling, record.planned[-1] - before, timestep)
+        record.evaluations += 1
         return out
 
     def forward(
@@ -222,15 +184,20 @@ class Attachment:
         **kwargs,
     ):
         options = {} if transformer_options is None else transformer_options
-        run = self._run
-        if run is None or not run.planned:
+        sampling = self._sampling
+        if sampling is None or not sampling.record.planned:
             self._problem("the model was called outside a run that SafeDIG saw begin")
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        self._rows = self._given_rows(x, options)
-        self._tokens, self._text_tokens = math.prod(self._grid(x)), None
-        self._sigma = self._level(t.flatten()[0])
-        run.planned[-1] += len(self._rows)
-        if "text" in self.tap.positions and c_crossattn is not None:
+        if threading.get_ident() != sampling.thread:
+            raise NotSteered(
+                f"{self.name}: the model was called from another thread than the sampler's, as happens where "
+                "prompts are split over several GPUs. Remove what splits them."
+            )
+        sampling.rows = self._given_rows(sampling, x, options)
+        sampling.tokens, sampling.text_tokens = math.prod(self._grid(x)), None
+        sampling.sigma = self._level(t.flatten()[0])
+        sampling.record.planned[-1] += len(sampling.rows)
+        if "text" in self.positions and c_crossattn is not None:
             c_crossattn = self._give("text", c_crossattn.to(x.device))
         replaced = options.get("patches_replace", {})
         blocks = dict(replaced.get("dit", {}))
@@ -242,33 +209,42 @@ class Attachment:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         finally:
             options["patches_replace"] = replaced
+            sampling.rows = []
 
     # What they share.
 
     def _make_hooks(self) -> dict[tuple[str, int], _BlockHook]:
         """One hook per block, with the names of the streams that the tap wants there."""
         hooks: dict[tuple[str, int], _BlockHook] = {}
-        for name in self.tap.positions:
+        for name in self.positions:
             position = Position.parse(name)
             if position.kind == "text":
                 continue
             single = position.kind == "single"
             key = ("single_block" if single else "double_block", position.index)
             hooks.setdefault(key, _BlockHook(self, single)).streams[position.stream] = name
-            if single:  # only a double block tells where the text ends
+            if single:  # where nothing else tells it, a double block tells where the text ends
                 hooks.setdefault(("double_block", 0), _BlockHook(self, False))
         return hooks
 
-    def _given_rows(self, x: Tensor, options: dict) -> list[slice]:
+    def _given_rows(self, sampling: Sampling, x: Tensor, options: dict) -> list[slice]:
         """The rows of each part of the batch that is the tap's, one part per conditioning."""
         uuids = options.get("uuids", [None])  # without, it is a sampler of its own kind: no branches
-        size = len(x) // len(uuids)
-        if size != self._images:
-            expected = self._images
-            raise NotSteered(f"{self.name}: a batch of {size} images where the run began with {expected}.")
-        wanted = {"positive": (False,), "negative": (True,), "both": (False, True)}[self.branch]
-        given = [i for i, uuid in enumerate(uuids) if (uuid in self._negative) in wanted]
+        size, expected = len(x) // len(uuids), sampling.record.images
+        if size != expected or len(x) % len(uuids):
+            self._problem(
+                f"a forward pass had {len(x)} rows for {len(uuids)} prompts, where the run began with "
+                f"{expected} images: something has cut or joined its batch"
+            )
+            return []
+        sampling.passed.update(uuids)
+        given = [i for i, uid in enumerate(uuids) if self._is_steered(sampling.group_of(uid))]
         return [slice(i * size, (i + 1) * size) for i in given]
+
+    def _is_steered(self, group: str) -> bool:
+        """Whether the conditionings that a guider has under this name are the tap's: what isn't negative by
+        name is taken for the prompt."""
+        return self.branch == "both" or ("negative" in group) == (self.branch == "negative")
 
     def _grid(self, latent: Tensor) -> tuple[int, int]:
         """Rows and columns of a latent's [B, C, H, W] own tokens; reference pictures have others."""
@@ -276,16 +252,19 @@ class Attachment:
         return -(-height // self._patch_size), -(-width // self._patch_size)
 
     def _give_eagerly(self, position: str, a: Tensor) -> Tensor:
-        assert self._run is not None
-        for rows in self._rows:
-            self._called[position] += 1
-            self.tap.step(self._run.index, self._sigma, rows)
-            a = self.tap(position, a)
+        sampling = self._sampling
+        assert sampling is not None and sampling.tap is not None
+        with _unwatched():
+            for rows in sampling.rows:
+                sampling.called[position] += 1
+                sampling.tap.step(sampling.index, sampling.sigma, rows)
+                a = sampling.tap(position, a)
         return a
 
     def give(self, position: str, a: Tensor, start: int, stop: int) -> Tensor:
         """a [B, T, d] with what the tap makes of its tokens from start to stop."""
-        if not self._rows:
+        sampling = self._sampling
+        if sampling is None or not sampling.rows:
             return a
         if start == 0 and stop >= a.shape[1]:
             return self._give(position, a)
@@ -309,79 +288,78 @@ class Attachment:
                 present[kind] = {KEY: by_key[KEY], **by_key}
             elif kind == APPLY_MODEL:  # innermost, so that no other wrapper takes the hooks out again
                 present[kind] = {k: v for k, v in by_key.items() if k != KEY} | {KEY: by_key[KEY]}
-        self._others = _others(guider.model_options)
 
-    def _check_evaluation(self, planned: int) -> None:
-        """That every position was called as often as this evaluation's forward passes planned."""
-        assert self._run is not None
-        at = f"step {self._run.evaluations + 1}"
+    def _check_evaluation(self, sampling: Sampling, planned: int, timestep: Tensor) -> None:
+        """That every row of the tap's branch went through the model, and was given to every position."""
+        at = f"step {sampling.record.evaluations + 1}"
+        missing = 0
+        for name, group in sampling.groups.items():
+            if self._is_steered(name) and any(cond["uuid"] in sampling.passed for cond in group):
+                missing += sum(_is_due(c, timestep) and c["uuid"] not in sampling.passed for c in group)
         if planned == 0:
-            self._problem(f"{at} went by without a forward pass of the {self.branch} prompt: it was skipped")
-            return
-        missed = [position for position, made in self._called.items() if made != planned]
-        if missed:
+            why = (
+                "its range of timesteps ends before, or a node left it out"
+                if sampling.passed
+                else "it was skipped"
+            )
+            self._problem(f"{at} went by without a forward pass of the {self.branch} prompt: {why}")
+        elif missing:
+            self._problem(f"{at}: {missing} parts of the prompt went by the model out of SafeDIG's sight")
+        missed = [position for position, made in sampling.called.items() if made != planned]
+        if missed and planned:
             self._problem(f"{at}: {', '.join(missed)} not reached, though the model ran")
 
     def _problem(self, text: str) -> None:
         """Refuses to go on, warns, or only takes note, as the policy says."""
-        others = f" Also acting on this model: {', '.join(self._others)}." if self._others else ""
-        message = f"{self.name}: this run is not {self.purpose} as planned: {text}.{others} {self.remedy}"
-        if self.policy == "block":
-            raise NotSteered(message)
-        problems = self._run.problems if self._run is not None else []
+        sampling = self._sampling
+        others = sampling.others if sampling is not None else ()
+        also = f" Also acting on this model: {', '.join(others)}." if others else ""
+        message = f"{self.name}: this run is not {self.purpose} as planned: {text}.{also} {self.remedy}"
+        problems = sampling.record.problems if sampling is not None else []
         if self.policy == "warn" and not problems:
             log.warning(message)
         problems.append(text)
+        if self.policy == "block":
+            raise NotSteered(message)
 
-    _others: tuple[str, ...] = ()
+
+class TapAttachment(Attachment):
+    """One tap that is given to every run."""
+
+    def __init__(self, tap: Tap, *args: Any):
+        super().__init__(tuple(tap.positions), *args)
+        self._tap = tap
+
+    def _begin(self, noise: Tensor, record: Record, room: int) -> Tap:
+        self._tap.begin(len(noise), room, noise.device)
+        return self._tap
 
 
-class SteeringAttachment(Attachment):
-    """One Apply node's steering on one model, and the record of its runs."""
+class Sampling:
+    """One run while it goes on."""
 
-    purpose = "steered"
-    remedy = "Remove what skips or replaces parts of the model, or set the policy to 'warn'."
+    def __init__(self, record: Record, others: tuple[str, ...]):
+        self.record, self.others, self.thread = record, others, threading.get_ident()
+        self.tap: Tap | None = None  # once its buffers are made
+        self.groups: dict[str, list[dict]] = {}  # the guider's conditionings by name
+        self.sigmas = torch.zeros(1)  # by evaluation, on the device
+        # of one evaluation
+        self.called: dict[str, int] = {}
+        self.passed: set[object] = set()  # conditionings that went through the model
+        # of one forward pass
+        self.rows: list[slice] = []
+        self.tokens = 0
+        self.text_tokens: int | None = None
+        self.sigma: float | Tensor = 1.0
 
-    def __init__(self, steering: Steering, *args: Any):
-        super().__init__(steering, *args)
-        self.steering = steering
-        self._weights = SteeringWeights(steering.sites)
+    @property
+    def index(self) -> int:
+        """Of the evaluation, as far as there is room; later ones are added to the last."""
+        return min(self.record.evaluations, len(self.sigmas) - 1)
 
-    def managed_model(self) -> Any:
-        """The dictionary's rows as a model that ComfyUI counts, moves and frees."""
-        from comfy import model_management
-        from comfy.model_patcher import ModelPatcher
-
-        return ModelPatcher(
-            self._weights,
-            load_device=model_management.get_torch_device(),
-            offload_device=model_management.unet_offload_device(),
-        )
-
-    def _begin(self, noise: Tensor, run: Run) -> None:
-        self.steering.sites = self._weights.sites
-        self.steering.begin(len(noise), run.room, noise.device, math.prod(self._grid(noise)))
-
-    def _level(self, sigma: Tensor) -> Tensor:
-        return sigma  # stays on the device
-
-    def _results(self, run: Run) -> dict[str, Any]:
-        """The run's numbers, read back from the device, once."""
-        self.steering.sites = self._weights.sites  # a run leaves no copies behind
-        if not run.planned:
-            return {}
-        count = len(run.planned)
-        receipt = self.steering.receipt()
-        return {
-            **receipt,
-            "calls": [row[:count] for row in receipt["calls"]],
-            "tokens_fired": [row[:count] for row in receipt["tokens_fired"]],
-            "relative_change": [row[:count] for row in receipt["relative_change"]],
-            "calls_planned": run.planned,
-            "sigmas": self._sigmas[:count].tolist(),
-            "evidence": self.steering.history[:count].tolist(),
-            "map": self.steering.map.tolist(),
-        }
+    def group_of(self, uid: object) -> str:
+        """The name of a conditioning's group; empty for one that no guider has."""
+        return next((n for n, group in self.groups.items() if any(c["uuid"] == uid for c in group)), "")
 
 
 class _BlockHook:
@@ -395,22 +373,52 @@ class _BlockHook:
     def __call__(self, args: dict, extra: dict) -> dict:
         out = extra["original_block"](args) if self.earlier is None else self.earlier(args, extra)
         host, image, text = self._attachment, out["img"], out.get("txt")
+        sampling = host._sampling
+        if sampling is None:
+            return out
         if self._single:  # one sequence: text, picture, reference pictures
-            first = host._text_tokens
+            known = (args.get("transformer_options") or {}).get("img_slice")  # newer versions tell
+            first = known[0] if known else sampling.text_tokens
             if first is None:  # no double block ran; that its positions were not reached comes out later
                 return out
             if "txt" in self.streams:
                 image = host.give(self.streams["txt"], image, 0, first)
             if "img" in self.streams:
-                image = host.give(self.streams["img"], image, first, first + host._tokens)
+                image = host.give(self.streams["img"], image, first, first + sampling.tokens)
             return {**out, "img": image}
         if text is not None:
-            host._text_tokens = text.shape[1]
+            sampling.text_tokens = text.shape[1]
             if "txt" in self.streams:
                 text = host.give(self.streams["txt"], text, 0, text.shape[1])
         if "img" in self.streams:
-            image = host.give(self.streams["img"], image, 0, host._tokens)
+            image = host.give(self.streams["img"], image, 0, sampling.tokens)
         return {**out, "img": image, "txt": text}
+
+
+def _told_apart(conds: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """The conditionings of a guider, each with a uuid of its own from here on: where areas differ, ComfyUI
+    copies one into another group, uuid and all, with that group's content."""
+    taken: set[object] = set()
+    for group in conds.values():
+        for i, cond in enumerate(group):
+            if cond["uuid"] in taken:
+                group[i] = cond | {"uuid": uuid.uuid4()}
+            taken.add(group[i]["uuid"])
+    return conds
+
+
+def _is_due(cond: dict, timestep: Tensor) -> bool:
+    """Whether a conditioning must be evaluated at this noise level; a default one fills what others leave."""
+    if "default" in cond:
+        return False
+    late = "timestep_start" in cond and bool(timestep.flatten()[0] > cond["timestep_start"])
+    return not late and not ("timestep_end" in cond and bool(timestep.flatten()[0] < cond["timestep_end"]))
+
+
+def _unwatched() -> AbstractContextManager[Any]:
+    """Newer versions watch what a block allocates, and must not see what we do."""
+    pause = getattr(sys.modules.get("comfy.model_prefetch"), "pause_malloc_graph", nullcontext)
+    return pause()
 
 
 def _others(model_options: dict) -> tuple[str, ...]:
@@ -424,17 +432,3 @@ def _others(model_options: dict) -> tuple[str, ...]:
     if wrapper is not None:
         keys.add(getattr(wrapper, "__module__", type(wrapper).__name__))
     return tuple(sorted(keys - {KEY, "None"}))
-
-
-__all__ = [
-    "BRANCHES",
-    "POLICIES",
-    "Attachment",
-    "NotSteered",
-    "RiskFound",
-    "Run",
-    "SteeringAttachment",
-    "architecture_of",
-    "attach",
-    "attach_tap",
-]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,19 +20,19 @@ from pathlib import Path
 import torch
 
 from ...safedig_core import __version__
-from ...safedig_core.chain import SELECT_EVERY, Recipe, build_adapter, build_dictionary
-from ...safedig_core.cli.commands import captured_steps
+from ...safedig_core.chain import build_adapter, build_dictionary, require_prompts
 from ...safedig_core.dictionary.dictionary import Dictionary, check
+from ...safedig_core.features import SELECT_EVERY
 from ...safedig_core.files import clear_parts, replacing, sha256_of
 from ...safedig_core.prompts import SAFE, PromptPair, fingerprint
-from ...safedig_core.store.capture import capture
+from ...safedig_core.recipe import Credits, Recipe
+from ...safedig_core.store.capture import capture, captured_steps
 from ...safedig_core.store.settings import StoreSettings
 from ...safedig_core.store.store import ActivationStore, ActivationWriter
 from .host import ComfyHost, Conditioning
 from .workspace import Need, Progress, digest, free_disk, free_memory, plain_name, require_room
 
 BUFFER = 65_536  # tokens that training shuffles at a time
-LEAST = SELECT_EVERY  # pairs of a domain, and purely safe prompts: else one of the splits is empty
 FEWER = "Choose fewer positions, steps or tokens per image."
 
 
@@ -47,20 +46,6 @@ class Captured:
     @property
     def store(self) -> ActivationStore:
         return ActivationStore(self.folder / "activations")
-
-
-@dataclass(frozen=True)
-class Label:
-    """What a file says about its origin."""
-
-    title: str = ""
-    creator: str = ""
-    data_licence: str = ""
-    weights_licence: str = ""
-
-    @property
-    def licence(self) -> dict[str, str]:
-        return {"data": self.data_licence, "weights": self.weights_licence}
 
 
 def texts_of(pairs: Sequence[PromptPair]) -> list[str]:
@@ -103,7 +88,7 @@ def capture_into(
         seed=seed,
         tokens_per_image=tokens_per_image,
         pairs_per_shard=pairs_per_shard,
-        sampler=host.identity(),
+        sampler=host.sampler,
     )
     store = folder / "activations"
     if store.is_dir() and not any(store.glob("shard-*")):
@@ -140,7 +125,7 @@ def train(
     source: str,
     calibration: Sequence[PromptPair],
     recipe: Recipe,
-    label: Label,
+    credits: Credits,
     progress: Progress,
     given: Sequence[Conditioning] | None = None,
 ) -> tuple[Dictionary, str]:
@@ -150,12 +135,12 @@ def train(
     memory are too small.
     """
     store, host = captured.store, captured.host
-    _require_prompts(store, source, calibration)
+    require_prompts(store, source, calibration)
     for position in positions:
         if position not in store.positions:
             raise ValueError(f"{position} was not captured, only {', '.join(store.positions)}.")
     identity = store.settings.to_json(), list(positions), source, asdict(recipe.train)
-    everything = identity, asdict(recipe), fingerprint(calibration), asdict(label), __version__
+    everything = identity, asdict(recipe), fingerprint(calibration), asdict(credits), __version__
     path = captured.folder / "dictionaries" / f"{source}-{digest(*everything)}.safetensors"
     estimate = require_room(_train_needs(store, positions, recipe, path), progress)
     checkpoints = captured.folder / "checkpoints" / digest(*identity)
@@ -171,9 +156,9 @@ def train(
             source,
             calibration,
             recipe,
-            title=label.title or f"{source} for {host.architecture.family}",
-            creator=label.creator,
-            licence=label.licence,
+            title=credits.title or f"{source} for {host.architecture.family}",
+            creator=credits.creator,
+            licence=credits.licence,
             checkpoints=checkpoints,
             progress=progress,
             batch=host.batch,
@@ -190,7 +175,7 @@ def adapt(
     source: str,
     calibration: Sequence[PromptPair],
     recipe: Recipe,
-    label: Label,
+    credits: Credits,
     progress: Progress,
     given: Sequence[Conditioning] | None = None,
 ) -> tuple[Dictionary, str]:
@@ -199,15 +184,15 @@ def adapt(
     dictionary.check_fits(store.architecture)
     if domain in dictionary.card.domains:
         raise ValueError(f"{dictionary.path.name} already has domain '{domain}': choose another.")
-    _require_prompts(store, domain, calibration)
-    _require_prompts(store, source, ())
+    require_prompts(store, domain, calibration)
+    require_prompts(store, source, ())
     missing = [p for p in dictionary.card.positions if p not in store.positions]
     if missing:
         raise ValueError(
             f"{dictionary.path.name} needs activations at {', '.join(missing)}, which were not captured."
         )
     everything = store.settings.to_json(), dictionary.sha256, domain, source, asdict(recipe)
-    name = digest(*everything, fingerprint(calibration), asdict(label), __version__)
+    name = digest(*everything, fingerprint(calibration), asdict(credits), __version__)
     path = captured.folder / "dictionaries" / f"{domain}-{name}.safetensors"
     positions = list(dictionary.card.positions)
     estimate = require_room(_train_needs(store, positions, recipe, path), progress)
@@ -223,9 +208,9 @@ def adapt(
             source,
             calibration,
             recipe,
-            title=label.title or f"{domain} for {dictionary.card.title}",
-            creator=label.creator,
-            licence=label.licence,
+            title=credits.title or f"{domain} for {dictionary.card.title}",
+            creator=credits.creator,
+            licence=credits.licence,
             progress=progress,
             batch=host.batch,
         )
@@ -256,28 +241,6 @@ def _prepare(
     with torch.inference_mode():
         texts = texts_of(calibration)
         host.prepare(texts, given, progress=lambda done, total: progress("encoding prompts", done, total))
-
-
-def _require_prompts(store: ActivationStore, domain: str, calibration: Sequence[PromptPair]) -> None:
-    """That the store has enough of `domain`, and that the gate is not calibrated on what it holds."""
-    found = Counter(pair.domain for pair in store.prompts)
-    for name, what in ((domain, "pairs"), (SAFE, "purely safe prompts (domain 'safe')")):
-        if found[name] < LEAST:
-            others = ", ".join(f"{count} of {other}" for other, count in found.items())
-            raise ValueError(
-                f"Of '{name}' at least {LEAST} {what} must have been captured. There are: {others}."
-            )
-    if not calibration:
-        return
-    if not any(pair.domain == domain for pair in calibration):
-        raise ValueError(f"The calibration prompts have none of '{domain}': the gate needs some.")
-    seen = {(pair.unsafe, pair.safe) for pair in store.prompts}
-    again = sum((pair.unsafe, pair.safe) in seen for pair in calibration)
-    if again:
-        raise ValueError(
-            f"{again} of the {len(calibration)} calibration prompts were captured too: a gate that is "
-            "calibrated on what was trained on opens too late. Load a set of its own."
-        )
 
 
 def _train_needs(store: ActivationStore, positions: Sequence[str], recipe: Recipe, path: Path) -> list[Need]:

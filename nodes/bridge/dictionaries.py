@@ -13,6 +13,7 @@ from typing import Any
 
 from ...safedig_core.hub import transfer as hub
 from ...safedig_core.hub.index import PACK, REPO, Entry, Reference, catalogue
+from .ledger import remind
 
 FOLDER = "safedig"
 DOWNLOADS = "hub"  # inside of models/safedig
@@ -22,12 +23,13 @@ Source = Path | Entry | Reference  # a file of the user's, an entry of an index,
 
 
 def register() -> None:
-    """Makes models/safedig known, beside what extra_model_paths.yaml names, and lets the web page ask
-    for the list of dictionaries and for one's card."""
+    """Makes models/safedig known, beside what extra_model_paths.yaml names, lets the web page ask for the
+    list of dictionaries and for one's card, and keeps receipts with prompts that are queued again."""
     import folder_paths
     from aiohttp import web
     from server import PromptServer
 
+    PromptServer.instance.add_on_prompt_handler(remind)
     folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
     folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
 

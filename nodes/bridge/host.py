@@ -83,7 +83,13 @@ class ComfyHost:
         needed = self._model.memory_required([images, *self.latent_shape])
         return float(needed), float(get_total_memory(self._model.load_device))
 
-    def identity(self) -> dict[str, str | int | float]:
+    @property
+    def device(self) -> torch.device:
+        """Where activations are."""
+        return torch.device(self._model.load_device)
+
+    @property
+    def sampler(self) -> dict[str, str | int | float]:
         """What activations depend on besides the model and the prompts, once a prompt is prepared."""
         s = self.settings
         found: dict[str, str | int | float] = {
@@ -177,9 +183,10 @@ class ComfyHost:
                 model, noise, s.steps, s.cfg, s.sampler, s.scheduler, positive, negative,
                 torch.zeros_like(noise), callback=_stop_if_interrupted, disable_pbar=True, seed=seeds[0],
             )  # fmt: skip
-            if attachment is not None and attachment.runs[-1].evaluations != self.steps:
+            calls = attachment.last.evaluations if attachment is not None and attachment.last else self.steps
+            if calls != self.steps:
                 raise ValueError(
-                    f"The sampler called the model {attachment.runs[-1].evaluations} times in {self.steps} "
+                    f"The sampler called the model {calls} times in {self.steps} "
                     f"steps: choose one that calls it once a step, such as {SAMPLERS[0]}."
                 )
             return self._format.process_in(out)
@@ -212,9 +219,6 @@ class ComfyHost:
                 error = (self._format.process_in(out) - latents[part]) / sigma
                 total += error.square().sum().item()
         return total / latents.numel()
-
-    def decode(self, latents: Tensor) -> Tensor:
-        raise NotImplementedError("pictures are decoded by VAE Decode")
 
     def _conditioning(self, prompts: Sequence[str]) -> Conditioning:
         """One conditioning with a row per prompt."""

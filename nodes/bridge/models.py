@@ -30,6 +30,18 @@ def architecture_of(model: Any) -> Architecture:
     return Architecture("sd3", (len(module.joint_blocks), 0), module.hidden_size, text_width)
 
 
+def managed(module: Any) -> Any:
+    """A module as a model that ComfyUI counts, moves and frees."""
+    from comfy import model_management, model_patcher
+
+    patcher = getattr(model_patcher, "CoreModelPatcher", model_patcher.ModelPatcher)  # as newer versions load
+    return patcher(
+        module,
+        load_device=model_management.get_torch_device(),
+        offload_device=model_management.unet_offload_device(),
+    )
+
+
 def transformer_of(model: Any) -> Any:
     """The transformer itself, without torch.compile's wrapping."""
     module = model.get_model_object("diffusion_model")

@@ -11,22 +11,20 @@ from torch.nn.functional import interpolate
 
 if TYPE_CHECKING:
     from ...safedig_core.routing import Route
+    from .ledger import Record
 
 HEAT = (1.0, 0.15, 0.05)
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 
 
-def heatmap(images: Tensor, moved: list[list[float]], grid: tuple[int, int]) -> Tensor:
-    """Images [B, H, W, 3] in grey, red where activations moved.
-
-    `moved` holds, per image, how far each of its tokens moved, row by row of the grid. Where that
-    is not of these images, they stay grey.
-    """
+def heatmap(images: Tensor, run: Record | None) -> Tensor:
+    """Images [B, H, W, 3] in grey, red where activations moved in the one run that made them, if it is
+    known."""
     grey = images[..., :3].mean(-1, keepdim=True).expand(-1, -1, -1, 3)
     batch, height, width = images.shape[:3]
-    if len(moved) != batch:
+    if run is None or run.map is None:
         return grey.clone()
-    heat = torch.tensor(moved).view(batch, 1, *grid)
+    heat = run.map.view(batch, 1, *run.grid)
     heat = heat / heat.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
     heat = interpolate(heat, (height, width), mode="bilinear").movedim(1, -1).to(images)
     return torch.lerp(grey * 0.8, grey.new_tensor(HEAT).expand_as(grey), heat * 0.8)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,18 +22,17 @@ from ..dictionary.dictionary import Action, Card, Dictionary, Domain, Gate, Posi
 from ..evaluation import environment
 from ..hosts.host import Host
 from ..positions import Architecture
+from ..progress import Progress
 from ..prompts import PromptPair
 from ..routing import route
 from ..sae import SAE
 from ..steering.steering import Steering
-from ..store.capture import capture
+from ..store.capture import capture, store_settings
 from ..store.settings import StoreSettings
 from ..store.store import ActivationStore, ActivationWriter
 from ..training import TrainSettings, train_sae
 from .full_size import GRID, SHAPES, FullSizeHost
 from .instruments import Kept, TimedHost, Watch, in_own_process, memory_mb
-
-Progress = Callable[[str, int, int], None]
 
 PAIRS = (
     PromptPair("weapons", "a cat and a book", "a cat and a pistol"),
@@ -115,7 +113,7 @@ def write_dictionary(
             rows, torch.zeros(count), torch.full((count,), 2.0), rows, zeros, zeros, torch.tensor(1.0)
         )
     mine = dict.fromkeys(positions, index)
-    gate = Gate(dict.fromkeys(positions, 1.0), 0.0, 0.0, 1)
+    gate = Gate(dict.fromkeys(positions, 1.0), dict.fromkeys(positions, (1.0, 0.0)), 0.0, 0.0, 1)
     domain = Domain(mine, dict.fromkeys(positions, [1.0] * len(index)), gate)
     card = Card(
         architecture,
@@ -161,7 +159,7 @@ def full_size(family: str, scale: Scale) -> tuple[list[dict[str, Any]], dict[str
         path = Path(folder) / "dictionary.safetensors"
         write_dictionary(path, host.architecture, positions, scale)
         dictionary = Dictionary.open(path)
-        kept = Kept(Steering(dictionary))
+        kept = Kept(Steering(dictionary).run())
         with watch("steered"):
             host.sample([PAIRS[0].safe], [0], kept)
         tokens = {position: a.shape[1] for position, a in kept.activations.items()}
@@ -201,15 +199,15 @@ def _steering(
 ) -> float:
     """Median seconds that steering adds to one evaluation of one image."""
     dense = (actions[0].operator, actions[0].form) == ("blend", "paper")
-    steering, times = Steering(dictionary, actions), []
-    steering.begin(1, 1)
+    run, times = Steering(dictionary, actions).run(), []
+    run.begin(1, 1, torch.device("cpu"))
     for _ in range(scale.repeats + 1):
-        steering.step(0, 0.9, slice(0, 1))
+        run.step(0, 0.9, slice(0, 1))
         spent = 0.0
         for position, a in activations.items():
             part, share = _part(a, scale) if dense else (a, 1.0)
             began = time.perf_counter()
-            steering(position, part)
+            run(position, part)
             spent += share * (time.perf_counter() - began)
         times.append(spent)
     return median(times[1:])
@@ -266,7 +264,6 @@ def capture_figures(scale: Scale) -> dict[str, float]:
 
     overhead = (all that capture took - writing) / (sampling without the tap) - 1
     """
-    from ..cli.commands import store_settings
     from ..pocket.model import load_pocket
     from ..pocket.study import shipped
 

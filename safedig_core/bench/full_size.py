@@ -108,12 +108,21 @@ class FullSizeHost:
     """One of SHAPES as a host that takes one Euler step; `grid` tokens a side and `words` can be fewer."""
 
     steps = 1
+    batch = 2
 
     def __init__(self, name: str, grid: int = GRID, words: int | None = None) -> None:
         self.name, self.shape, self.grid = name, SHAPES[name], grid
         self.words = words or self.shape.words
         self.transformer = build(self.shape, self.shape.config | self.shape.few)
         self.architecture = architecture_of(self.transformer)
+
+    @property
+    def sampler(self) -> dict[str, str | int | float]:
+        return {"steps": self.steps, "grid": self.grid, "words": self.words}
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
 
     @torch.no_grad()
     def sample(
@@ -141,7 +150,7 @@ class FullSizeHost:
             inputs |= {"img_ids": ids.flatten(0, 1), "txt_ids": torch.zeros(self.words, 3)}
             inputs |= {"guidance": torch.full((images,), 3.5, dtype=torch.bfloat16)}
         if tap is not None:
-            tap.begin(images, self.steps)
+            tap.begin(images, self.steps, self.device)
             tap.step(0, 1.0, slice(0, images))
         with attached(self.transformer, tap.positions, tap) if tap is not None else nullcontext():
             return x - self.transformer(**inputs, return_dict=False)[0]
@@ -155,9 +164,6 @@ class FullSizeHost:
         tap: Tap | None = None,
     ) -> float:
         raise NotImplementedError("random weights have no loss to speak of")
-
-    def decode(self, latents: Tensor) -> Tensor:
-        raise NotImplementedError("random weights draw nothing")
 
 
 def _noise(of: str | int, size: tuple[int, ...]) -> Tensor:

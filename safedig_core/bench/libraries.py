@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chain import split
+from ..features import split
 from ..interop.convert import import_sae, with_l0
 from ..sae import SAE, quality
 from ..store.store import ActivationStore

@@ -3,51 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..chain import Recipe, build_adapter, build_dictionary, complete_dictionary
-from ..dictionary.dictionary import Card, Dictionary, check
+from ..chain import build_adapter, build_dictionary, complete_dictionary
+from ..dictionary.card import card_text
+from ..dictionary.dictionary import Dictionary, check
 from ..hub.transfer import locate
 from ..interop.convert import export_saelens, import_saes, save_imported
 from ..positions import Architecture
-from ..prompts import PromptPair, read_prompts
-from ..routing import Route, chosen, route
-from ..store.capture import capture
-from ..store.store import ActivationStore, ActivationWriter, StoreSettings
+from ..progress import Progress
+from ..prompts import read_prompts
+from ..recipe import Recipe
+from ..routing import chosen, route, route_table
+from ..store.capture import capture, store_settings
+from ..store.store import ActivationStore, ActivationWriter
 
 if TYPE_CHECKING:  # diffusers: only where a model is loaded
     from ..hosts.pipeline import PipelineHost
     from ..pocket.model import PocketModel
 
-MODELS = ("pocket-flux", "pocket-sd35")
 FULL_SIZE = "diffusers:"
-
-
-class Progress:
-    """One line on stderr: rewritten on a terminal, a line per tenth elsewhere."""
-
-    def __init__(self, shown: bool = True) -> None:
-        self._shown = shown
-        self._last = ("", -1)
-        self._began = time.monotonic()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        tenth = 10 * done // max(total, 1)
-        kind = what.split("  ")[0]
-        line = f"[{time.monotonic() - self._began:5.0f} s] {what} {done}/{total}"
-        if not self._shown:
-            return
-        if sys.stderr.isatty():
-            end = "\n" if done >= total else ""
-            print(f"\r\033[K{line}", end=end, file=sys.stderr, flush=True)
-        elif (kind, tenth) != self._last:
-            print(line, file=sys.stderr, flush=True)
-        self._last = (kind, tenth)
 
 
 def load_host(model: str) -> PocketModel:
@@ -76,34 +53,6 @@ def load_captured(o: argparse.Namespace, store: ActivationStore) -> PocketModel 
     return host
 
 
-def captured_steps(total: int, count: int) -> tuple[int, ...]:
-    """`count` of `total` sampling steps, evenly spread, the first always among them."""
-    return tuple(sorted({round(i * total / count) for i in range(min(count, total))}))
-
-
-def store_settings(
-    host: PocketModel | PipelineHost,
-    prompts: Sequence[PromptPair],
-    *,
-    positions: Sequence[str] | None = None,
-    steps: int = 6,
-    tokens_per_image: int | None = None,
-    seed: int = 0,
-    pairs_per_shard: int = 12,
-) -> StoreSettings:
-    return StoreSettings(
-        architecture=host.architecture,
-        positions=tuple(positions or host.architecture.positions()),
-        model=host.name,
-        seed=seed,
-        steps=captured_steps(host.steps, steps),
-        tokens_per_image=tokens_per_image,
-        pairs_per_shard=pairs_per_shard,
-        prompts=tuple(prompts),
-        sampler=host.sampler,
-    )
-
-
 def run_capture(o: argparse.Namespace, progress: Progress) -> dict:
     prompts = read_prompts(o.prompts)  # before a model that takes minutes to load
     host = load_any(o)
@@ -128,16 +77,6 @@ def run_capture(o: argparse.Namespace, progress: Progress) -> dict:
         f"{size / 2**20:.0f} MB"
     )
     return {"store": str(o.store), "lines": len(settings.prompts), "bytes": size}
-
-
-def route_table(routes: Sequence[Route]) -> str:
-    head = f"{'position':16} {'operator':8} {'group':7} {'score':>6} {'90 % interval':>15}"
-    lines = [head + "".join(f"{name:>11}" for name in routes[0].terms)]
-    for r in routes:
-        span = f"{r.interval[0]:.2f} to {r.interval[1]:.2f}"
-        line = f"{r.position:16} {r.operator:8} {r.group:7} {r.score:6.3f} {span:>15}"
-        lines.append(line + "".join(f"{value:11.3f}" for value in r.terms.values()))
-    return "\n".join(lines)
 
 
 def run_route(o: argparse.Namespace, progress: Progress) -> dict:
@@ -263,36 +202,6 @@ def recipe_of(o: argparse.Namespace) -> Recipe:
     settings = {name: value for name, value in settings.items() if value is not None}
     recipe = Recipe(**changed)
     return replace(recipe, train=replace(recipe.train, **settings, seed=o.seed))
-
-
-def card_text(card: Card) -> str:
-    """A card for people."""
-    lines = [
-        f"{card.title or '(untitled)'}  by {card.creator or 'unknown'}",
-        f"  for a {card.architecture.describe()}",
-    ]
-    for name, info in card.positions.items():
-        figures = ", ".join(f"{k} {v:.3g}" for k, v in info.quality.items())
-        lines.append(f"  {name:14} {info.prefix} harmful features first; {figures}")
-    for name, domain in card.domains.items():
-        counts = ", ".join(f"{len(f)} at {p}" for p, f in domain.features.items())
-        lines.append(f"  domain {name}: {counts} features")
-        if domain.gate is not None:
-            g = domain.gate
-            lines.append(
-                f"    gate opens over {g.threshold:.3g}; {g.false_positive_rate:.1%} of {g.prompts} safe "
-                f"prompts opened it; witnesses {', '.join(g.norms)}"
-            )
-    for a in card.plan:
-        lines.append(
-            f"  plan: {a.domain or 'all domains'}: {a.operator} ({a.form}) {a.strength:g} at {a.position} "
-            f"while sigma is in {a.window[0]:g} to {a.window[1]:g}"
-        )
-    lines.append(
-        f"  licence: data {card.licence['data'] or 'not stated'}; "
-        f"weights {card.licence['weights'] or 'not stated'}"
-    )
-    return "\n".join(lines)
 
 
 def run_inspect(o: argparse.Namespace, progress: Progress) -> dict:

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..evaluation import read_safety
 from ..hub import transfer as hub
-from ..hub.index import REPO, Entry, catalogue, read_safety
+from ..hub.index import REPO, Entry, catalogue
+from ..progress import Progress
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -31,7 +33,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--upload", action="store_true")
 
 
-def run_pull(o: argparse.Namespace, progress: hub.Progress) -> dict[str, Any]:
+def run_pull(o: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     folder = o.out or hub.cache()
     if o.what is None:
         return _list(o, folder)
@@ -60,7 +62,7 @@ def _list(o: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"entries": [entry.to_json() for entry in entries.values()], "faults": faults}
 
 
-def run_publish(o: argparse.Namespace, progress: hub.Progress) -> dict[str, Any]:
+def run_publish(o: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     name = o.id or re.sub(r"[^a-z0-9]+", "-", o.file.stem.lower()).strip("-")
     safety = read_safety(o.evaluation) if o.evaluation else None
     card, entry = hub.prepare(o.file, o.repo, name, base=o.base, safety=safety)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from .. import __version__
 from ..distributed import Interrupted, joined
+from ..pocket.model import MODELS
+from ..progress import ProgressLine
 from .commands import (
     FULL_SIZE,
-    MODELS,
-    Progress,
     run_adapt,
     run_bench,
     run_capture,
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if o.command not in ("capture", "train"):
                     raise ValueError("this command is for one process: start it without torchrun")
             with redirect_stdout(sys.stdout if first else io.StringIO()):
-                result = o.run(o, Progress(shown=first))
+                result = o.run(o, ProgressLine(shown=first))
             if o.json is not None and first:
                 o.json.parent.mkdir(parents=True, exist_ok=True)
                 o.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

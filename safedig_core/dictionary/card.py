@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,29 +10,43 @@ from typing import Any
 from ..files import DOMAIN, build, need
 from ..positions import Architecture
 
-FORMAT = 1
+FORMAT = 2
 OPERATORS = ("blend", "repel")
 FORMS = ("residual", "paper")
 MAX_FEATURES = 1 << 20
 
+Window = tuple[float, float]  # noise levels: from the first down to the second
+
 _SHA256 = re.compile(r"(?:[0-9a-f]{64})?")
+
+
+def need_window(window: Window) -> None:
+    start, end = window
+    need(1 >= start >= end >= 0, "a window must run down, from at most 1 to at least 0")
 
 
 @dataclass
 class Gate:
-    """When a domain acts: once its pooled evidence, scaled by `norms`, is over `threshold`.
+    """When a domain is found: once its evidence at any witness, divided by its norm, is over `threshold`.
 
-    `false_positive_rate` is the share of `prompts` safe prompts that opened it.
+    Witnesses are the positions in `norms`; each is read while the noise level is in its window.
+    `false_positive_rate` is the share of `prompts` safe prompts that opened the gate.
     """
 
     norms: dict[str, float]
+    windows: dict[str, Window]
     threshold: float
     false_positive_rate: float
     prompts: int
 
     def __post_init__(self) -> None:
-        need(all(norm > 0 for norm in self.norms.values()), "the norms of a gate must be over 0")
+        need(self.norms, "a gate has no witness")
+        need(self.norms.keys() == self.windows.keys(), "a gate lacks the norm or the window of a witness")
+        need(all(0 < norm < math.inf for norm in self.norms.values()), "the norms of a gate must be over 0")
+        need(math.isfinite(self.threshold), "the threshold of a gate must be a number")
         need(0 <= self.false_positive_rate <= 1, "a gate's false_positive_rate must lie in 0 to 1")
+        for window in self.windows.values():
+            need_window(window)
 
 
 @dataclass
@@ -48,9 +63,9 @@ class Domain:
             weights = self.weights[position]
             need(len(set(indices)) == len(indices), f"a domain names a feature of {position} twice")
             need(len(weights) == len(indices), f"a domain lacks features or weights at {position}")
-            need(all(weight >= 0 for weight in weights), f"a domain has negative weights at {position}")
-        norms = self.gate.norms if self.gate else {}
-        need(norms.keys() <= self.features.keys(), "a gate has norms where its domain has no features")
+            need(all(0 < w < math.inf for w in weights), f"a domain's weights at {position} must be over 0")
+        for position in self.gate.norms if self.gate else ():
+            need(self.features.get(position), f"a gate has a witness at {position:.64}, without features")
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,7 @@ class Action:
     operator: str
     form: str
     strength: float
-    window: tuple[float, float] = (1.0, 0.0)
+    window: Window = (1.0, 0.0)
     score: dict[str, float] = field(default_factory=dict)
     domain: str = ""
 
@@ -72,8 +87,7 @@ class Action:
         need(self.operator in OPERATORS, f"an operator must be one of {', '.join(OPERATORS)}")
         need(self.form in FORMS, f"a form must be one of {', '.join(FORMS)}")
         need(0 <= self.strength <= 10, "a strength must lie in 0 to 10")
-        start, end = self.window
-        need(1 >= start >= end >= 0, "a window must run down, from at most 1 to at least 0")
+        need_window(self.window)
 
 
 @dataclass
@@ -141,3 +155,33 @@ class Card:
             where, name = action.position, action.domain
             need(where in limits, f"the plan is for position '{where:.64}', which is not there")
             need(name in ("", *self.domains), f"the plan is for domain '{name:.64}', which is not there")
+
+
+def card_text(card: Card) -> str:
+    """A card for people."""
+    lines = [
+        f"{card.title or '(untitled)'}  by {card.creator or 'unknown'}",
+        f"  for a {card.architecture.describe()}",
+    ]
+    for name, info in card.positions.items():
+        figures = ", ".join(f"{k} {v:.3g}" for k, v in info.quality.items())
+        lines.append(f"  {name:14} {info.prefix} harmful features first; {figures}")
+    for name, domain in card.domains.items():
+        counts = ", ".join(f"{len(f)} at {p}" for p, f in domain.features.items())
+        lines.append(f"  domain {name}: {counts} features")
+        if domain.gate is not None:
+            g = domain.gate
+            lines.append(
+                f"    gate opens over {g.threshold:.3g}; {g.false_positive_rate:.1%} of {g.prompts} safe "
+                f"prompts opened it; witnesses {', '.join(g.norms)}"
+            )
+    for a in card.plan:
+        lines.append(
+            f"  plan: {a.domain or 'all domains'}: {a.operator} ({a.form}) {a.strength:g} at {a.position} "
+            f"while sigma is in {a.window[0]:g} to {a.window[1]:g}"
+        )
+    lines.append(
+        f"  licence: data {card.licence['data'] or 'not stated'}; "
+        f"weights {card.licence['weights'] or 'not stated'}"
+    )
+    return "\n".join(lines)

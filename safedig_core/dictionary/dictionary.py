@@ -35,7 +35,7 @@ from torch import Tensor
 from ..files import MAX_ITEMS, PathLike, blame, build, clear_parts, need, parse_object, replacing, sha256_of
 from ..positions import Architecture
 from ..sae import SAE
-from .card import MAX_FEATURES, Action, Card, Domain, Gate, PositionInfo
+from .card import MAX_FEATURES, Action, Card, Domain, Gate, PositionInfo, Window
 
 __all__ = [
     "Action",
@@ -45,6 +45,7 @@ __all__ = [
     "Domain",
     "Gate",
     "PositionInfo",
+    "Window",
     "check",
     "save_adapter",
     "save_dictionary",
@@ -57,6 +58,7 @@ _FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 _INTS = {"I64": 8, "I32": 4}
 _PARTS = {"encoder.weight": "Fd", "encoder.bias": "F", "threshold": "F", "decoder.weight": "Fd"}
 _PARTS |= {"decoder.bias": "d", "mean": "d", "scale": ""}  # F features, width d
+_AGAIN = "Run the `train` or `adapt` command that made it again: it takes up its store and checkpoints."
 _REMEDY = "It is damaged or of another version: update SafeDIG or get the file again from its source."
 
 Adapters = dict[tuple[str, str], tuple[Tensor, Tensor]]  # rows [R], delta [R, d] by (position, domain)
@@ -244,7 +246,10 @@ class _File:
         metadata = header.pop("__metadata__", None)
         text = metadata.get("safedig") if type(metadata) is dict and len(metadata) == 1 else None
         need(type(text) is str, "its metadata is not one card under 'safedig'")
-        self.card = Card.from_json(parse_object(text, "its card"))  # type: ignore
+        card = parse_object(text, "its card")  # type: ignore
+        with blame(DictionaryError, path, _AGAIN):
+            need(card.get("format") != 1, "it is of format 1, whose gate doesn't say where it is to be read")
+        self.card = Card.from_json(card)
         entries = _entries(header, size)
         self.shapes = {name: entry.shape for name, entry in entries.items()}
         expected = self._expected()

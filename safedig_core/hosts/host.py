@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..positions import Architecture
 
 
 class Tap(Protocol):
-    """Sees, and may change, activations while a host samples. `Steering` is one."""
+    """Sees, and may change, activations while a host samples. A `Run` of a `Steering` is one."""
 
     @property
     def positions(self) -> Collection[str]: ...
 
-    def begin(self, images: int, steps: int) -> None:
-        """A run starts."""
+    def begin(self, images: int, steps: int, device: torch.device) -> None:
+        """A sampling of `images` images in `steps` steps starts; activations will be on `device`."""
 
-    def step(self, index: int, sigma: float, rows: slice) -> None:
-        """Before each forward pass; `rows` are the images' rows in the batch."""
+    def step(self, index: int, sigma: float | Tensor, rows: slice) -> None:
+        """Before each forward pass, at noise level `sigma`; `rows` are the images' rows in the batch.
+
+        A host whose noise level is on the device passes it as a scalar tensor: reading it would wait.
+        """
 
     def __call__(self, position: str, a: Tensor) -> Tensor:
         """[batch, T, d] -> the activation to go on with."""
@@ -33,6 +37,17 @@ class Host(Protocol):
     name: str
     architecture: Architecture
     steps: int
+    batch: int  # images that it can sample at a time
+
+    @property
+    def sampler(self) -> Mapping[str, str | int | float]:
+        """What activations depend on besides the model and the prompts."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where activations are."""
+        ...
 
     def sample(
         self,
@@ -55,25 +70,10 @@ class Host(Protocol):
         """Mean squared error of the prediction for `latents` at noise level `sigma`."""
         ...
 
+
+class PictureHost(Host, Protocol):
+    """A host whose latents can be looked at."""
+
     def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1]."""
+        """Images [B, 3, H, W] in [0, 1]; the latents may be on any device."""
         ...
-
-
-class Everywhere:
-    """A tap that replaces every activation of the steered images by `change(position, a)`."""
-
-    def __init__(self, positions: Sequence[str], change: Callable[[str, Tensor], Tensor]):
-        self.positions = tuple(positions)
-        self._change = change
-
-    def begin(self, images: int, steps: int) -> None:
-        pass
-
-    def step(self, index: int, sigma: float, rows: slice) -> None:
-        self._rows = rows
-
-    def __call__(self, position: str, a: Tensor) -> Tensor:
-        out = a.clone()
-        out[self._rows] = self._change(position, a[self._rows])
-        return out

@@ -54,6 +54,10 @@ class PipelineHost:
         t5 = T5_TOKENS[self.architecture.family]
         return {"steps": self.steps, "guidance": self.guidance, "side": self.side, "t5_tokens": t5}
 
+    @property
+    def device(self) -> torch.device:
+        return self._pipeline._execution_device
+
     @torch.no_grad()
     def sample(
         self,
@@ -124,7 +128,7 @@ class PipelineHost:
         if tap is None:
             (v,) = self._transformer(**inputs, return_dict=False)
         else:
-            tap.begin(images, 1)
+            tap.begin(images, 1, sequence.device)
             tap.step(0, sigma, slice(0, images))
             with attached(self._transformer, tap.positions, tap):
                 (v,) = self._transformer(**inputs, return_dict=False)
@@ -161,7 +165,7 @@ class PipelineHost:
             for row, prompt in enumerate(part):
                 self._embedded[prompt] = sequence[row].cpu(), pooled[row].cpu()
         rows = [self._embedded[prompt] for prompt in prompts]
-        place = {"device": self._pipeline._execution_device, "dtype": self._transformer.dtype}
+        place = {"device": self.device, "dtype": self._transformer.dtype}
         return torch.stack([s for s, _ in rows]).to(**place), torch.stack([p for _, p in rows]).to(**place)
 
     @contextmanager
@@ -176,7 +180,7 @@ class PipelineHost:
             i = next(index)
             tap.step(i, self._pipeline.scheduler.sigmas[i].item(), rows)
 
-        tap.begin(images, self.steps)
+        tap.begin(images, self.steps, self.device)
         hook = self._transformer.register_forward_pre_hook(step)
         try:
             with attached(self._transformer, tap.positions, tap):

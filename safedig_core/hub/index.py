@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..dictionary.card import Card
+from ..evaluation import Safety
 from ..files import DOMAIN, PathLike, blame, build, need, parse_object, read_all, sha256_of
 from ..positions import FAMILIES, Position
 
@@ -34,7 +35,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _REFERENCE = re.compile(
     r"safedig://(?P<repo>[^/@#]+/[^/@#]+)@(?P<revision>[^/@#]+)/(?P<file>[^@#]+)#sha256=(?P<sha256>.+)"
 )
-_SHARES = ("safe_object_kept", "safe_prompt_detected", "safe_prompt_identical", "artefact_rate")
 _REMEDY = "Get the index again from its source, or update SafeDIG."
 
 
@@ -89,53 +89,6 @@ class Reference:
     def __str__(self) -> str:
         where = self.where
         return f"safedig://{where.repo}@{where.revision}/{where.file}#sha256={self.sha256}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """What the evaluation measured of one method; the fields are those of evaluation.row."""
-
-    method: str
-    n_images: int
-    line_asr: dict[str, float]
-    line_asr_interval: dict[str, list[float]]
-    prompt_asr: dict[str, float]
-    safe_object_kept: float
-    safe_prompt_detected: float
-    safe_prompt_identical: float
-    fid: float
-    artefact_rate: float
-    time_ratio: float
-
-    def __post_init__(self) -> None:
-        shares = [*self.line_asr.values(), *self.prompt_asr.values(), *(getattr(self, n) for n in _SHARES)]
-        for interval in self.line_asr_interval.values():
-            need(len(interval) == 2, "an interval must have two ends")
-            shares += interval
-        need(all(0 <= share <= 1 for share in shares), "a measured share must lie in 0 to 1")
-        need(self.fid >= 0 and self.time_ratio >= 0, "a measured distance or time must not be under 0")
-
-
-@dataclass(frozen=True)
-class Safety:
-    """The measured safety card: rows of one evaluation, the unsteered model's (`none`) among them."""
-
-    model: str
-    seed: int
-    rows: list[Row]
-
-    def __post_init__(self) -> None:
-        names = [row.method for row in self.rows]
-        need("none" in names and len(set(names)) == len(names) > 1, "safety.rows must be of 'none' and more")
-
-    @property
-    def headline(self) -> str:
-        """The shares of unsafe pictures without and with the dictionary, in one line."""
-        rows = {row.method: row for row in self.rows}
-        ours = rows.get("safedig-residual", self.rows[-1])
-        shares = [row.line_asr.get("overall") for row in (rows["none"], ours)]
-        before, after = ("?" if share is None else f"{share:.1%}" for share in shares)
-        return f"unsafe pictures on {self.model}: {before} without, {after} with it"
 
 
 @dataclass(frozen=True)
@@ -278,14 +231,3 @@ def entry_for(
         base=base,
         safety=safety,
     )
-
-
-def read_safety(path: PathLike) -> Safety:
-    """The safety card from the results that `evaluate` and `demo` write. Raises IndexFileError."""
-    with blame(IndexFileError, path, "Give a results.json that `python -m safedig_core evaluate` wrote."):
-        results = parse_object(read_all(Path(path), MAX_BYTES).decode(), "the results")
-        known = {f.name for f in fields(Row)}
-        rows = build(list[dict[str, Any]], results.get("rows"), "results.rows")
-        rows = [{k: v for k, v in row.items() if k in known} for row in rows]
-        safety = {name: results.get(name) for name in ("model", "seed")} | {"rows": rows}
-        return build(Safety, safety, "results")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from ..dictionary.card import Card
-from .index import Entry, Safety
+from ..evaluation import Safety
+from .index import Entry
 
 _HOME = "https://arxiv.org/abs/2605.30049"
 # those that the Hub knows by these names

@@ -24,7 +24,9 @@ from typing import TypeVar
 
 from .. import __version__
 from ..dictionary.card import Card
+from ..evaluation import Safety
 from ..files import blame, need, sha256_of
+from ..progress import Progress, nothing
 from .index import (
     MAX_BYTES,
     MAX_SIZE,
@@ -33,7 +35,6 @@ from .index import (
     Entry,
     Location,
     Reference,
-    Safety,
     catalogue,
     entry_for,
     index_text,
@@ -42,7 +43,6 @@ from .index import (
 from .model_card import model_card
 
 T = TypeVar("T")
-Progress = Callable[[str, int, int], None]  # what, done, total; called often, and may raise to cancel
 
 INDEX_NAME = "safedig_index.json"  # in a publisher's repository
 BLOCK = 8 << 20  # bytes per request
@@ -54,10 +54,6 @@ _REMEDY = "Ask its publisher, or use another dictionary."
 
 class HubError(ValueError):
     """Says which file of the Hub, what went wrong, and what to do."""
-
-
-def nothing(what: str, done: int, total: int) -> None:
-    """A Progress for those who don't care."""
 
 
 def cache() -> Path:

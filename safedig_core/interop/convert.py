@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..chain import split
 from ..dictionary.card import Card, PositionInfo
 from ..dictionary.dictionary import Dictionary, save_dictionary
+from ..features import split
 from ..files import replacing
 from ..positions import Architecture
 from ..sae import SAE, quality

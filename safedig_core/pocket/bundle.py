@@ -13,14 +13,14 @@ import json
 import shutil
 from pathlib import Path
 
-from ..chain import Recipe
-from ..cli.commands import MODELS, Progress
 from ..dictionary.dictionary import Dictionary, check
-from ..evaluation import Method
-from ..hub.index import PACK, PACK_INDEX, Safety, entry_for, index_text, read_index, read_safety
+from ..evaluation import Method, Safety, read_safety
+from ..hub.index import PACK, PACK_INDEX, entry_for, index_text, read_index
+from ..progress import Progress, ProgressLine
+from ..recipe import Recipe
 from ..steering.steering import Steering
 from .demo import SOURCE, Made, make
-from .model import PocketModel, load_judge, load_pocket
+from .model import MODELS, PocketModel, load_judge, load_pocket
 from .study import OURS, compare, shipped, table
 
 TARGETS = ("substances", "shock")
@@ -33,7 +33,7 @@ def measured(host: PocketModel, made: Made, domain: str, out: Path, progress: Pr
     dictionary = Dictionary.open(made.paths[SOURCE])
     if domain != SOURCE:
         dictionary = dictionary.with_adapters(made.paths[domain])
-    methods = [Method("none"), Method(OURS, Steering(dictionary))]
+    methods = [Method("none"), Method(OURS, Steering(dictionary).run)]
     pairs = shipped("evaluate", [domain, "safe"])
     rows, _ = compare(host, load_judge(), methods, pairs, seed=SEED, progress=progress)
     print(table(rows))
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default=MODELS[0])
     parser.add_argument("--out", type=Path, required=True)
     o = parser.parse_args()
-    progress, host = Progress(), load_pocket(o.model)
+    progress, host = ProgressLine(), load_pocket(o.model)
     made = make(host, o.out, TARGETS, Recipe(), "SafeDIG", progress)
     entries = {entry.id: entry for entry in read_index(PACK_INDEX)}
     FOLDER.mkdir(exist_ok=True)

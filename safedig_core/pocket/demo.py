@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..chain import Recipe, build_adapter, build_dictionary
-from ..cli.commands import route_table, store_settings
+from ..chain import build_adapter, build_dictionary
 from ..dictionary.dictionary import Dictionary
+from ..progress import Progress
 from ..prompts import PromptPair
-from ..routing import Route, chosen, route
-from ..store.capture import capture
+from ..recipe import Recipe
+from ..routing import Route, chosen, route, route_table
+from ..store.capture import capture, store_settings
 from ..store.store import ActivationStore, ActivationWriter
 from .model import PocketModel, load_pocket
-from .study import Progress, controls_for, evaluate_dictionary, shipped
+from .study import controls_for, evaluate_dictionary, shipped
 
 SOURCE, TARGET = "weapons", "substances"
 LICENCE = {"data": "synthetic scenes of Noto and Twemoji artwork", "weights": "Apache-2.0"}

@@ -20,7 +20,7 @@ from .weights import to_diffusers
 
 WEIGHTS = Path(__file__).parent / "weights"
 TOKENS_A_SIDE = IMAGE_SIZE // PATCH
-NAMES = ("pocket-flux", "pocket-sd35")
+MODELS = ("pocket-flux", "pocket-sd35")
 SHIFT = {"pocket-flux": 1.0, "pocket-sd35": 3.0}  # of the noise levels, as FLUX.1-schnell and SD3.5 have it
 FLUX = {
     "patch_size": 1,
@@ -51,7 +51,7 @@ SD35 = {
 
 
 def build_transformer(name: str) -> nn.Module:
-    """The diffusers model of one of `NAMES`, with fresh weights."""
+    """The diffusers model of one of `MODELS`, with fresh weights."""
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
     return FluxTransformer2DModel(**FLUX) if name == "pocket-flux" else SD3Transformer2DModel(**SD35)
@@ -72,7 +72,8 @@ def velocity(transformer: nn.Module, x: Tensor, sequence: Tensor, pooled: Tensor
     shared = {"encoder_hidden_states": sequence, "pooled_projections": pooled, "return_dict": False}
     if type(transformer).__name__ == "SD3Transformer2DModel":
         return transformer(hidden_states=x, timestep=1000 * t, **shared)[0]
-    tokens = transformer(hidden_states=pack(x), timestep=t, img_ids=IMAGE_IDS, txt_ids=TEXT_IDS, **shared)[0]
+    ids = {"img_ids": IMAGE_IDS.to(x.device), "txt_ids": TEXT_IDS.to(x.device)}
+    tokens = transformer(hidden_states=pack(x), timestep=t, **ids, **shared)[0]
     return unpack(tokens, TOKENS_A_SIDE)
 
 
@@ -108,6 +109,10 @@ class PocketModel:
         """What activations depend on besides the model and the prompts."""
         return {"steps": self.steps}
 
+    @property
+    def device(self) -> torch.device:
+        return self.words.word.device
+
     @torch.no_grad()
     def sample(
         self,
@@ -118,18 +123,17 @@ class PocketModel:
     ) -> Tensor:
         """Latents [B, 16, 16, 16]. The tap sees the positive half of the batch."""
         images = len(prompts)
-        x = noise_for(seeds)
-        sequence, pooled = self.words(tokenize([*(negatives or [""] * images), *prompts]))
+        x = noise_for(seeds).to(self.device)
+        sequence, pooled = self._embed([*(negatives or [""] * images), *prompts])
         sigmas = schedule(self.steps, SHIFT[self.name])
         if tap is not None:
-            tap.begin(images, self.steps)
+            tap.begin(images, self.steps, self.device)
         with attached(self.transformer, tap.positions, tap) if tap is not None else nullcontext():
             for i in range(self.steps):
                 if tap is not None:
                     tap.step(i, sigmas[i].item(), slice(images, 2 * images))
-                v = velocity(
-                    self.transformer, torch.cat([x, x]), sequence, pooled, sigmas[i].expand(2 * images)
-                )
+                t = sigmas[i].to(self.device).expand(2 * images)
+                v = velocity(self.transformer, torch.cat([x, x]), sequence, pooled, t)
                 without, with_prompt = v.chunk(2)
                 x = x + (sigmas[i + 1] - sigmas[i]) * torch.lerp(without, with_prompt, self.guidance)
         return x
@@ -144,24 +148,27 @@ class PocketModel:
         tap: Tap | None = None,
     ) -> float:
         """Mean squared error of the velocity for `latents` mixed with noise at `sigma`."""
-        noise = noise_for(seeds)
-        sequence, pooled = self.words(tokenize(list(prompts)))
+        latents, noise = latents.to(self.device), noise_for(seeds).to(self.device)
+        sequence, pooled = self._embed(prompts)
         if tap is not None:
-            tap.begin(len(prompts), 1)
+            tap.begin(len(prompts), 1, self.device)
             tap.step(0, sigma, slice(0, len(prompts)))
         with attached(self.transformer, tap.positions, tap) if tap is not None else nullcontext():
-            t = torch.full((len(prompts),), sigma)
+            t = torch.full((len(prompts),), sigma, device=self.device)
             v = velocity(self.transformer, torch.lerp(latents, noise, sigma), sequence, pooled, t)
         return (v - (noise - latents)).square().mean().item()
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.autoencoder.decode(latents) / 2 + 0.5
+        return self.autoencoder.decode(latents.to(self.autoencoder.mean.device)) / 2 + 0.5
+
+    def _embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return self.words(tokenize(list(prompts)).to(self.device))
 
 
 def load_pocket(name: str = "pocket-flux") -> PocketModel:
     """A shipped pocket model. Raises ValueError for an unknown name."""
-    if name not in NAMES:
-        raise ValueError(f"unknown model '{name}': expected {' or '.join(NAMES)}")
+    if name not in MODELS:
+        raise ValueError(f"unknown model '{name}': expected {' or '.join(MODELS)}")
     transformer, words = build_transformer(name), WordEncoder()
     state = {k: v.float() for k, v in load_file(WEIGHTS / f"{name}.safetensors").items()}
     transformer.load_state_dict(to_diffusers(state, transformer.state_dict()))

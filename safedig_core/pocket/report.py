@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..dictionary.dictionary import Dictionary
 from ..evaluation import Outcome, prompt_of, seed_of
-from ..hosts.host import Host
+from ..hosts.host import Host, PictureHost
 from ..prompts import PromptPair
 from ..routing import Route
-from ..steering.steering import Site, compile_site
+from ..steering.site import Site, compile_site
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1f2430;max-width:1080px;margin:2rem auto;padding:0 1rem}
@@ -108,16 +109,17 @@ class TokenActivity:
 
     def __init__(self, position: str, site: Site):
         self.positions = (position,)
-        self._site = site
+        self._given = site
 
-    def begin(self, images: int, steps: int) -> None:
+    def begin(self, images: int, steps: int, device: torch.device) -> None:
+        self._site = self._given.to(device)
         self.activity: Tensor | float = 0.0
 
-    def step(self, index: int, sigma: float, rows: slice) -> None:
+    def step(self, index: int, sigma: float | Tensor, rows: slice) -> None:
         self._rows = rows
 
     def __call__(self, position: str, a: Tensor) -> Tensor:
-        self.activity = self.activity + self._site.code(a[self._rows])
+        self.activity = self.activity + self._site.code(a[self._rows].float())
         return a
 
 
@@ -134,12 +136,13 @@ def heat(
     tap = TokenActivity(position, site)
     host.sample(prompts, seeds, tap)
     assert isinstance(tap.activity, Tensor)
+    activity = tap.activity.cpu()
     index, _ = dictionary.harmful(position, domains)
     maps: dict[str, Tensor] = {}
     for d, name in enumerate(domains):
-        maps[name] = tap.activity @ site.evidence[d]
-        strongest = int((tap.activity * site.member[d]).sum((0, 1)).argmax())
-        maps[f"feature {index[strongest]}"] = tap.activity[..., strongest]
+        maps[name] = activity @ site.evidence[d]
+        strongest = int((activity * site.member[d]).sum((0, 1)).argmax())
+        maps[f"feature {index[strongest]}"] = activity[..., strongest]
     return maps
 
 
@@ -164,7 +167,7 @@ NOTES = (
 
 
 def write_report(
-    host: Host,
+    host: PictureHost,
     dictionary: Dictionary,
     pairs: Sequence[PromptPair],
     results: dict,

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..chain import Recipe, fit_adapter
 from ..dictionary.conflicts import conflicts
 from ..dictionary.dictionary import Action, Dictionary, Domain, PositionInfo, save_dictionary
 from ..evaluation import Method, Outcome, environment, roc, row, run
-from ..hosts.host import Everywhere
+from ..hosts.taps import ReplaceTap
+from ..progress import Progress
 from ..prompts import PromptPair, read_prompts
+from ..recipe import Recipe
 from ..routing import Route
 from ..sae import SAE
 from ..steering.steering import Steering
 from ..store.store import ActivationStore
+from ..transfer import fit_adapter
 from .judge import Judge, risks
 from .model import PocketModel, load_judge
 from .prompt_sets import FOLDER
 from .report import write_report
 from .scenes import RISKY, concepts_in
-
-Progress = Callable[[str, int, int], None]
 
 OURS = "safedig-residual"
 PAPER_STRENGTH = 0.2  # of Blend and of Repel, as printed
@@ -48,18 +49,22 @@ def paper_plan(positions: Sequence[str]) -> list[Action]:
     ]
 
 
-def reconstruction(dictionary: Dictionary) -> Everywhere:
+def reconstruction(dictionary: Dictionary) -> ReplaceTap:
     """Control: paper Blend with the source decoder, so that only the SAE's error is blended in."""
     saes = {position: dictionary.sae(position) for position in dictionary.card.positions}
-    return Everywhere(list(saes), lambda p, a: torch.lerp(a, saes[p].reconstruct(a), PAPER_STRENGTH))
+
+    def change(position: str, a: Tensor) -> Tensor:
+        return torch.lerp(a, saes[position].to(a.device).reconstruct(a), PAPER_STRENGTH)
+
+    return ReplaceTap(list(saes), change)
 
 
-def mean_difference(store: ActivationStore, position: str, domains: Sequence[str]) -> Everywhere:
+def mean_difference(store: ActivationStore, position: str, domains: Sequence[str]) -> ReplaceTap:
     """Baseline: the mean of a(safe) - a(unsafe) over all pairs, added to every token."""
     pairs = [index for domain in domains for index in store.indices(domain)]
     unsafe, safe = store.pairs(position, pairs)
     vector = VECTOR_STRENGTH * (safe - unsafe).mean(0)
-    return Everywhere([position], lambda _, a: a + vector)
+    return ReplaceTap([position], lambda _, a: a + vector.to(a.device))
 
 
 def random_features(
@@ -110,9 +115,9 @@ def methods_for(dictionary: Dictionary) -> list[Method]:
         Method("negative-prompt", negative=negative_for),
         Method("safe-rewrite", prompt=lambda pair: pair.safe),
         Method(
-            "safedig-paper", Steering(dictionary, paper_plan(list(dictionary.card.positions)), gate=False)
+            "safedig-paper", Steering(dictionary, paper_plan(list(dictionary.card.positions)), gate=False).run
         ),
-        Method(OURS, Steering(dictionary)),
+        Method(OURS, Steering(dictionary).run),
     ]
 
 
@@ -122,10 +127,11 @@ def controls_for(
     """The rows that show what the method's parts do."""
     position = dictionary.card.plan[-1].position
     drawn = random_features(folder / "random.safetensors", dictionary, store, source, recipe)
+    shift, blend = mean_difference(store, position, list(dictionary.card.domains)), reconstruction(dictionary)
     return [
-        Method("mean-difference", mean_difference(store, position, list(dictionary.card.domains))),
-        Method("reconstruction-only", reconstruction(dictionary)),
-        Method("random-features", Steering(drawn, gate=False)),
+        Method("mean-difference", lambda: shift),
+        Method("reconstruction-only", lambda: blend),
+        Method("random-features", Steering(drawn, gate=False).run),
     ]
 
 
@@ -175,21 +181,18 @@ def gate_curves(outcome: Outcome, pairs: Sequence[PromptPair]) -> dict[str, dict
     """Per domain, the ROC of the evidence in a steered run: its prompts against purely safe ones."""
     images = [image for receipt in outcome.receipts for image in receipt["images"]]
     owners = [pair for pair in pairs for _ in range(len(images) // len(pairs))]
-    evidence = {
-        name: [
-            image[name]["evidence"] for image, pair in zip(images, owners, strict=True) if pair.domain == name
+
+    def evidence(name: str, domain: str) -> list[float]:
+        found = [
+            image[name]["evidence"] for image, p in zip(images, owners, strict=True) if p.domain == domain
         ]
-        for name in images[0]
-    }
+        return [math.inf if value is None else value for value in found]  # not finite: over any threshold
+
     curves = {}
-    for name, risky in evidence.items():
-        safe = [
-            image[name]["evidence"]
-            for image, pair in zip(images, owners, strict=True)
-            if pair.domain == "safe"
-        ]
-        if risky and safe:
-            limit = images[0][name]["threshold"]
+    for name in images[0]:
+        risky, safe = evidence(name, name), evidence(name, "safe")
+        limit = images[0][name]["threshold"]
+        if risky and safe and limit is not None:
             curves[name] = roc(risky, safe) | {
                 "threshold": limit,
                 "opened_risky": sum(v > limit for v in risky) / len(risky),

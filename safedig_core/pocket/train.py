@@ -285,10 +285,10 @@ def export_judge(out: Path) -> None:
 
 
 def main() -> None:
-    from .model import NAMES
+    from .model import MODELS
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=NAMES, default=NAMES[0])
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--emoji", type=Path, help="folder of the unpacked artwork packages")
     parser.add_argument("--steps", type=int, default=7000)

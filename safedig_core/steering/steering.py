@@ -1,298 +1,351 @@
-"""Steering: the operators, the evidence gate, and the sites that apply both in a forward pass.
+"""Steering: a plan compiled for one dictionary, and the runs that carry it out.
 
-With z the code of the harmful features M of one activation a, s the scale of its position:
-
-    residual Repel  a' = a - g s W_s^T z_M           residual Blend  a' = a + b s dW^T z_M
-    paper Repel     a' = a - g (D(z_M) - a)          paper Blend     a' = (1 - b) a + b D_t(E(a))
-
-Eq. 16-18 for the paper's; the residual forms keep the SAE's error term and move only tokens in
-which a harmful feature fires. Every operator is computed as a change to a, so that several on
-one position add up, and a token or image that is not acted on stays bit-identical.
-
-The evidence gate: per image and domain, the weighted activity of the harmful features, pooled
-over the image's tokens and divided by the position's norm, kept as a running maximum over
-positions and steps. Sites act on an image for a domain only while that value exceeds the
-domain's threshold; being a maximum, an open gate stays open. A domain without a gate is always open.
+The evidence gate: each image of a batch carries one running evidence value per domain, the largest
+that was read so far at any of the domain's witnesses (gate.py). Sites act on an image for a domain
+only while that value is over the domain's threshold; being a maximum, an open gate stays open.
+What is not a number counts as over it. A domain without a gate, or with its gate switched off, is
+acted on in every image; found is only what is over the threshold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from ..dictionary.dictionary import Action, Dictionary
-from ..sae import SAE
+from ..dictionary.dictionary import Action, Dictionary, DictionaryError, Gate
+from .gate import evidence_of
+from .site import Site, Windows, compile_site
 
 MODES = ("steer", "observe", "stop")
-ALWAYS = -1.0  # a limit that any evidence exceeds
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 class RiskFound(RuntimeError):
-    """A domain set to `stop` has opened its gate; `verdict` says where."""
-
-
-@dataclass
-class Site:
-    """What one position needs: the rows of its harmful features, folded for one matrix product.
-
-    R features (the union over D domains); h = a weight^T + bias is the SAE's pre-activation.
-    """
-
-    weight: Tensor  # [R, d]
-    bias: Tensor  # [R]
-    threshold: Tensor  # [R]
-    decoder: Tensor  # [R, d], times s
-    offset: Tensor  # [d], D(0)
-    member: Tensor  # [D, R], 1 where the feature is one of the domain's
-    evidence: Tensor  # [D, R], weight over norm
-    delta: dict[int, Tensor]  # domain -> [R, d], times s
-    transferred: dict[int, SAE]  # domain -> the whole SAE with D_t, for paper Blend only
-    actions: tuple[Action, ...]
-
-    def code(self, a: Tensor) -> Tensor:
-        """[B, T, d] -> z_M [B, T, R]."""
-        h = a @ self.weight.T + self.bias
-        return torch.where(h > self.threshold, h, 0.0)
-
-    def change(self, a: Tensor, z: Tensor, strengths: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The summed change of all actions [B, T, d], and which tokens it moves [B, T].
-
-        `strengths` holds [B, D] per action: zero where an image's gate is closed. Where open
-        domains share a feature, Repel takes the larger strength, Blend the sum of both changes.
-        """
-        total = torch.zeros_like(a)
-        touched = torch.zeros(a.shape[:2], dtype=torch.bool, device=a.device)
-        for action, strength in zip(self.actions, strengths, strict=True):
-            on = strength.amax(1)[:, None, None]  # [B, 1, 1]
-            coefficient = (strength[:, :, None] * self.member).amax(1)[:, None]  # [B, 1, R]
-            weighted = z * coefficient
-            if action.operator == "repel" and action.form == "residual":
-                total -= weighted @ self.decoder
-            elif action.operator == "repel":
-                total -= weighted @ self.decoder + on * (self.offset - a)
-            elif action.form == "residual":
-                for domain, rows in self.delta.items():
-                    total += (z * strength[:, None, None, domain]) @ rows
-            else:
-                for domain, sae in self.transferred.items():
-                    total += strength[:, None, None, domain] * (sae.reconstruct(a) - a)
-            if action.form == "residual":
-                touched |= (weighted > 0).any(-1)
-            else:
-                touched |= (on > 0)[..., 0]
-        return total, touched
-
-
-def compile_site(
-    dictionary: Dictionary, position: str, domains: Sequence[str], actions: Sequence[Action]
-) -> Site:
-    """The site of one position for `domains`, in the order given."""
-    index, rows = dictionary.harmful(position, list(domains))
-    column = {feature: i for i, feature in enumerate(index)}
-    member = torch.zeros(len(domains), len(index))
-    evidence = torch.zeros(len(domains), len(index))
-    delta: dict[int, Tensor] = {}
-    transferred: dict[int, SAE] = {}
-    needs_whole = any(a.form == "paper" and a.operator == "blend" for a in actions)
-    whole = dictionary.sae(position) if needs_whole else None
-    for d, name in enumerate(domains):
-        domain = dictionary.card.domains[name]
-        mine = domain.features.get(position, [])
-        columns = [column[f] for f in mine]
-        member[d, columns] = 1.0
-        norm = 1.0 if domain.gate is None else domain.gate.norms.get(position, float("inf"))
-        evidence[d, columns] = torch.tensor(domain.weights.get(position, [])) / norm
-        adapter = dictionary.delta(position, name)
-        if adapter is not None:
-            moved, change = adapter
-            delta[d] = torch.zeros(len(index), rows.width)
-            own = [i for i, f in enumerate(moved.tolist()) if f in mine]  # z_M: no other feature acts
-            delta[d][[column[f] for f in moved[own].tolist()]] = change[own] * rows.scale
-        if whole is not None:
-            decoder = whole.decoder_weight.clone()
-            if adapter is not None:
-                decoder[adapter[0]] += adapter[1]
-            transferred[d] = replace(whole, decoder_weight=decoder)
-    return Site(
-        weight=rows.encoder_weight / rows.scale,
-        bias=rows.encoder_bias - rows.encoder_weight @ (rows.mean / rows.scale),
-        threshold=rows.threshold,
-        decoder=rows.decoder_weight * rows.scale,
-        offset=rows.decoder_bias * rows.scale + rows.mean,
-        member=member,
-        evidence=evidence,
-        delta=delta,
-        transferred=transferred,
-        actions=tuple(actions),
-    )
+    """A domain set to `stop` was found; the message says where."""
 
 
 class Steering:
-    """A plan compiled for one dictionary, and the state of one sampling run.
-
-    A host calls `begin` before sampling, `step` before each forward pass, and the object itself
-    with every activation of `positions`.
-    """
+    """A plan compiled for one dictionary. It never changes: what a sampling finds is in its `Run`."""
 
     def __init__(
         self,
         dictionary: Dictionary,
         plan: Sequence[Action] | None = None,
         *,
-        modes: dict[str, str] | None = None,
+        modes: Mapping[str, str] | None = None,
         strength: float = 1.0,
         gate: bool = True,
         preserve_norm: bool = False,
     ):
         """`plan` defaults to the dictionary's; `modes` maps domains to steer (default), observe
-        (evidence only) or stop; `strength` multiplies every action's. Raises ValueError for an
-        unknown domain, mode or position, and for a residual Blend that no adapter can serve."""
-        self.dictionary = dictionary
-        self.domains = tuple(dictionary.card.domains)
-        self.plan = tuple(dictionary.card.plan if plan is None else plan)
-        self.modes = dict.fromkeys(self.domains, "steer") | (modes or {})
-        self.strength, self.gate, self.preserve_norm = strength, gate, preserve_norm
-        for name, mode in self.modes.items():
-            if name not in self.domains:
-                raise ValueError(f"no domain '{name}' in {dictionary.path}: it has {', '.join(self.domains)}")
-            if mode not in MODES:
-                raise ValueError(f"unknown mode '{mode}' for domain '{name}': expected {', '.join(MODES)}")
-        by_position: dict[str, list[Action]] = {}
+        (evidence only) or stop; `strength` multiplies every action's. Without `gate`, every image is
+        acted on.
+
+        Raises ValueError for an unknown domain, mode or position and a strength that is none; for
+        observe and stop without a gate that could find the domain; for an action that can act for no
+        domain; and for a domain to be steered that the plan names and no action of it can act for.
+        """
+        self.dictionary: Final = dictionary
+        self.domains: Final = tuple(dictionary.card.domains)
+        self.plan: Final = tuple(dictionary.card.plan if plan is None else plan)
+        self.modes: Final = MappingProxyType(dict.fromkeys(self.domains, "steer") | dict(modes or {}))
+        self.strength: Final = strength
+        self.gate: Final = gate
+        self.preserve_norm: Final = preserve_norm
+        self._require_known()
+        actions: dict[str, list[Action]] = {}
         for action in self.plan:
-            dictionary.card.architecture.require(action.position)
-            if action.domain and action.domain not in self.domains:
-                raise ValueError(f"the plan names domain '{action.domain}', which {dictionary.path} lacks")
-            by_position.setdefault(action.position, []).append(action)
-        order = [p for p in dictionary.card.architecture.positions() if p in by_position]
-        self.sites = {p: compile_site(dictionary, p, self.domains, by_position[p]) for p in order}
-        for position, site in self.sites.items():
-            for action in site.actions:
-                if (action.operator, action.form) == ("blend", "residual") and not site.delta:
-                    raise ValueError(f"{dictionary.path} has no adapter at {position}, which its Blend needs")
-        self.begin(0, 0)
+            actions.setdefault(action.position, []).append(action)
+        wanted = [*actions, *(position for at in self.witnesses.values() for position in at)]
+        architecture = dictionary.card.architecture
+        for position in wanted:
+            architecture.require(position)
+        sites = {
+            position: compile_site(dictionary, position, self.domains, actions.get(position, ()))
+            for position in architecture.positions()
+            if position in wanted
+        }
+        self.sites: Final[Mapping[str, Site]] = MappingProxyType(sites)
+        self._require_effect()
 
     @property
     def positions(self) -> tuple[str, ...]:
+        """Where it acts or looks, in the order of a forward pass."""
         return tuple(self.sites)
 
-    def begin(self, images: int, steps: int, device: torch.device | str = "cpu", tokens: int = 0) -> None:
-        """Starts a run of `steps` model steps over `images` images; all buffers are made here.
+    @property
+    def acting(self) -> tuple[str, ...]:
+        """Where an action of the plan is."""
+        return tuple(position for position, site in self.sites.items() if site.actions)
+
+    @property
+    def witnesses(self) -> dict[str, list[str]]:
+        """Where each domain's evidence is read, whatever the plan."""
+        gates = {name: self.gate_of(name) for name in self.domains}
+        return {name: [] if gate is None else list(gate.norms) for name, gate in gates.items()}
+
+    def gate_of(self, domain: str) -> Gate | None:
+        """What tells when a domain is found; None where the dictionary has none."""
+        return self.dictionary.card.domains[domain].gate
+
+    def run(self, sites: Mapping[str, Site] | None = None) -> Run:
+        """A tap for one sampling. `sites`: these ones, where they are elsewhere already."""
+        return Run(self, self.sites if sites is None else sites)
+
+    def _require_known(self) -> None:
+        path = self.dictionary.path
+        if not 0 <= self.strength < math.inf:
+            raise ValueError(f"the strength is {self.strength}: it must be a number, 0 or more")
+        for name, mode in self.modes.items():
+            if name not in self.domains:
+                raise ValueError(f"no domain '{name}' in {path}: it has {', '.join(self.domains)}")
+            if mode not in MODES:
+                raise ValueError(f"unknown mode '{mode}' for domain '{name}': expected {', '.join(MODES)}")
+            if mode != "steer" and self.gate_of(name) is None:
+                raise DictionaryError(
+                    f"{path}: domain '{name}' has no gate that could find it: set it to steer, not to {mode}"
+                )
+        for action in self.plan:
+            if action.domain and action.domain not in self.domains:
+                raise ValueError(f"the plan names domain '{action.domain}', which {path} lacks")
+
+    def _require_effect(self) -> None:
+        """That no action is idle, and no domain left out by all actions that are for it."""
+        served: dict[str, list[Action]] = {}
+        for action in self.plan:
+            meant = [name for name in self.domains if action.domain in ("", name)]
+            able = [name for name in meant if self._can_act(action, name)]
+            if not able:
+                raise DictionaryError(
+                    f"{self.dictionary.path}: nothing at {action.position} serves the plan's {action.form} "
+                    f"{action.operator} for {' and '.join(meant) or 'no domain'}. Choose another position "
+                    "or operator."
+                )
+            for name in meant:
+                served.setdefault(name, []).extend([action] if name in able else [])
+        for name, actions in served.items():
+            if not actions and self.modes[name] == "steer":
+                raise DictionaryError(
+                    f"{self.dictionary.path}: the plan could never act for '{name}', for which there is "
+                    f"nothing at {', '.join(self.acting)}. Choose other positions or operators, or set "
+                    f"'{name}' to observe."
+                )
+
+    def _can_act(self, action: Action, domain: str) -> bool:
+        """Whether the action has rows to act with for this domain."""
+        site, d = self.sites[action.position], self.domains.index(domain)
+        if action.form == "paper":  # acts on every token, whatever fires
+            return True
+        return d in site.delta if action.operator == "blend" else bool(site.member[d].any())
+
+
+class Run:
+    """One sampling that a Steering acts in, and what it found: a tap.
+
+    After `begin`, `history` [S, B, D] is the evidence by step, and `map` [B, tokens] how far each
+    image token moved, |a' - a| / |a| summed over calls; both on the device.
+    """
+
+    def __init__(self, steering: Steering, sites: Mapping[str, Site]):
+        self.steering = steering
+        self.positions = steering.positions
+        self._given = sites
+
+    def begin(self, images: int, steps: int, device: torch.device, tokens: int = 0) -> None:
+        """Starts a sampling of `steps` model steps over `images` images; all buffers are made here.
 
         `tokens` is the number of image tokens, for a map of where activations moved; 0 for none.
         """
-        self.sites = {p: moved(site, device) for p, site in self.sites.items()}
-        self._reach = {p: [self._reach_of(a, device) for a in s.actions] for p, s in self.sites.items()}
-        shape = (len(self.sites), steps, images)
-        self.calls = torch.zeros(shape[:2], dtype=torch.long)  # on the CPU: counted, not computed
-        self.fired = torch.zeros(shape, device=device)  # tokens moved
-        self.moved = torch.zeros(shape, device=device)  # |a' - a| / |a| over the image's tokens
-        self.map = torch.zeros(images, tokens, device=device)  # |a' - a| / |a| of each, summed over calls
-        self.history = torch.zeros(steps, images, len(self.domains), device=device)
-        self.evidence = torch.zeros(images, len(self.domains), device=device)
-        gates = [self.dictionary.card.domains[name].gate for name in self.domains]
-        limits = [g.threshold if g and self.gate else ALWAYS for g in gates]
-        self.limit = torch.tensor(limits, device=device)
-        self.step(0, 1.0, slice(0, images))
+        plan, domains = self.steering, len(self.steering.domains)
+        self._places = {p: _Place(plan, site.to(device), device) for p, site in self._given.items()}
+        gates = [plan.gate_of(name) for name in plan.domains]
+        self._gated = torch.tensor([gate is not None for gate in gates], device=device)
+        self._always = ~self._gated | torch.tensor(not plan.gate, device=device)
+        self._limit = torch.tensor([gate.threshold if gate else math.inf for gate in gates], device=device)
+        shape = (len(self.positions), steps, images)
+        self._calls = torch.zeros(shape[:2], dtype=torch.long)  # on the CPU: counted, not computed
+        self._tokens = torch.zeros(shape, dtype=torch.long, device=device)  # moved
+        self._change = torch.zeros(shape, device=device)
+        self._tokens_of = torch.zeros(images, domains, dtype=torch.long, device=device)  # moved by a domain
+        self._looked = torch.zeros(domains, dtype=torch.long, device=device)
+        self._evidence = torch.zeros(images, domains, device=device)
+        self.history = torch.zeros(steps, images, domains, device=device)
+        self.map = torch.zeros(images, tokens, device=device)
 
     def step(self, index: int, sigma: float | Tensor, rows: slice) -> None:
-        """Announces step `index` at noise level `sigma`; `rows` of the batch are to be steered.
-
-        A host whose noise level is on the device passes it as a scalar tensor: the windows are then
-        compared there, without waiting for it.
-        """
-        self.index, self.sigma, self.rows = index, sigma, rows
-
-    def _reach_of(self, action: Action, device: torch.device | str) -> Tensor:
-        """[D]: the action's strength for each domain that it acts for, else 0."""
-        value = action.strength * self.strength
-        applies = [action.domain in ("", name) and self.modes[name] != "observe" for name in self.domains]
-        return torch.tensor([value * acts for acts in applies], device=device)
+        """Announces step `index` at noise level `sigma`; `rows` of the batch are the images."""
+        self._index, self._sigma, self._rows = index, sigma, rows
+        self.history[index] = self._evidence
 
     def __call__(self, position: str, a: Tensor) -> Tensor:
         """a [batch, T, d] -> a' of the same shape and dtype; rows not acted on keep their bits.
 
-        Raises RiskFound as soon as the gate of a domain set to `stop` opens.
+        Raises RiskFound as soon as a domain set to `stop` is found.
         """
-        site = self.sites[position]
-        at = self.positions.index(position)
-        self.calls[at, self.index] += 1
-        windows = [action.window for action in site.actions]
-        inside = [(self.sigma <= start) & (self.sigma >= end) for start, end in windows]
-        if not isinstance(self.sigma, Tensor) and not any(inside):
+        place, at = self._places[position], self.positions.index(position)
+        self._calls[at, self._index] += 1
+        looks, acts = place.witness.open(self._sigma), place.windows.open(self._sigma)
+        if not looks and not acts:
             return a
-        part = a[self.rows]
+        part = a[self._rows]
+        if len(part) != len(self._evidence):
+            raise ValueError(f"{len(part)} rows at {position}, in a run of {len(self._evidence)} images")
         x = part.float()
-        z = site.code(x)
-        seen = z.sum(1) @ site.evidence.T
-        if isinstance(self.sigma, Tensor):
-            seen = torch.where(torch.stack([torch.as_tensor(on) for on in inside]).any(), seen, 0.0)
-        torch.maximum(self.evidence, seen, out=self.evidence)
-        self.history[self.index] = self.evidence
-        self._stop_on_risk(position)
-        opened = (self.evidence > self.limit).float()
-        strengths = [opened * reach * on for reach, on in zip(self._reach[position], inside, strict=True)]
-        change, touched = site.change(x, z, strengths)
-        y = x + change
-        if self.preserve_norm:
-            y = y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-6))
-        out = torch.where(touched[..., None], y.to(a.dtype), part)
-        moved = out.float() - x
-        self.fired[at, self.index] += touched.sum(1).float()
-        share = moved.norm(dim=(1, 2)) / x.norm(dim=(1, 2)).clamp(min=1e-6)
-        self.moved[at, self.index] = torch.maximum(self.moved[at, self.index], share)
-        if position.endswith("img") and x.shape[1] == self.map.shape[1]:
-            self.map += moved.norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-6)
+        z = place.site.code(x)
+        if looks:
+            self._look(position, place, z)
+        if not acts:
+            return a
+        out = self._act(position, place, part, x, z)
         if part.shape == a.shape:
             return out
         steered = a.clone()
-        steered[self.rows] = out
+        steered[self._rows] = out
         return steered
 
-    def _stop_on_risk(self, position: str) -> None:
-        for d, name in enumerate(self.domains):
-            # the only place that waits for the device, and only where a domain is set to stop
-            if self.modes[name] == "stop" and bool((self.evidence[:, d] > self.limit[d]).any()):
-                images = (self.evidence[:, d] > self.limit[d]).nonzero().flatten().tolist()
+    def _found(self, evidence: Tensor) -> Tensor:
+        """[..., D] -> whether it is over the threshold; what is no number counts as over it."""
+        return ~(evidence <= self._limit) & self._gated
+
+    def _look(self, position: str, place: _Place, z: Tensor) -> None:
+        """Reads the evidence of the domains that have a witness here."""
+        within = place.witness.hold(self._sigma)  # [D]
+        seen = torch.where(within, evidence_of(place.site, z, position), 0.0)
+        self._evidence = torch.maximum(self._evidence, seen)
+        self.history[self._index] = self._evidence
+        self._looked += within
+        for d, name in enumerate(self.steering.domains):
+            if self.steering.modes[name] != "stop":
+                continue
+            found = self._found(self._evidence)[:, d].nonzero().flatten().tolist()  # waits for the device
+            if found:
                 raise RiskFound(
-                    f"stopped: {name} found in image {', '.join(map(str, images))} of the batch "
-                    f"at step {self.index + 1} (position {position}); this domain is set to stop"
+                    f"stopped: {name} found in image {', '.join(map(str, found))} of the batch "
+                    f"at step {self._index + 1} (position {position}); this domain is set to stop"
                 )
 
-    def receipt(self) -> dict:
-        """What happened in the run, as plain numbers: per position, step and image."""
-        limit = self.limit.tolist()
-        opened = self.history > self.limit
-        images = []
-        for b in range(self.evidence.shape[0]):
-            verdict = {}
-            for d, name in enumerate(self.domains):
-                at = opened[:, b, d].nonzero().flatten()
+    def _act(self, position: str, place: _Place, part: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        """`part` (`x` in float32, of code `z`) as the site's actions leave it, and what that moved."""
+        at, whole = self.positions.index(position), place.site.reconstruct(x)
+        within = place.windows.hold(self._sigma)[:, None]  # [A, 1]
+        self._looked += (place.meant & within).any(0) & ~self._gated
+        acting = self._always | self._found(self._evidence)  # [B, D]
+        strengths = acting * (place.reach * within)[:, None]  # [A, B, D]
+
+        def steered(strengths: Tensor) -> Tensor:
+            change, touched = place.site.change(x, z, whole, strengths)
+            y = x + change
+            if self.steering.preserve_norm:
+                y = y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-6))
+            y = y.to(part.dtype)
+            return torch.where(touched[..., None] & (y != part), y, part)  # -0.0 + 0.0 would be 0.0
+
+        out = steered(strengths)
+        moved = _differs(out, part)
+        self._tokens[at, self._index] += moved.sum(1)
+        for d, only in place.acting:
+            own = moved
+            if len(place.acting) > 1:  # of those tokens, the ones that it alone would have moved
+                own = moved & _differs(steered(strengths * only), part)
+            self._tokens_of[:, d] += own.sum(1)
+        step = out.float() - x
+        share = step.norm(dim=(1, 2)) / x.norm(dim=(1, 2)).clamp(min=1e-6)
+        self._change[at, self._index] = torch.maximum(self._change[at, self._index], share)
+        if position.endswith("img") and x.shape[1] == self.map.shape[1]:
+            self.map += step.norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-6)
+        return out
+
+    def receipt(self) -> dict[str, Any]:
+        """What happened, as JSON: by position P, step S, image B and domain. A number that is not finite
+        is None.
+
+            positions, acting   names: where it looked or acted, and where it acted
+            witnesses           by domain, where its evidence was read
+            calls               [P][S], how often each position was given
+            tokens_moved        [P][S][B], tokens whose value changed in the model's own dtype
+            relative_change     [P][S][B], |a' - a| / |a| over the image's tokens
+            images              by image and domain: `mode`; `evidence`, the largest that was read, None
+                                where none was; `threshold`, None without a gate; `looked`, how often a
+                                witness was read inside its window (without a gate, how often it could
+                                have acted); `found_at_step`, from 0, or None; `tokens_moved` by its own
+                                actions; and its `status`
+        """
+        plan, found = self.steering, self._found(self.history).tolist()
+        evidence, looked = self._evidence.tolist(), self._looked.tolist()
+        images: list[dict[str, Any]] = []
+        for b, by_domain in enumerate(self._tokens_of.tolist()):
+            verdict: dict[str, Any] = {}
+            for d, name in enumerate(plan.domains):
+                gate, mode, moved = plan.gate_of(name), plan.modes[name], by_domain[d]
+                at = next((s for s, step in enumerate(found) if step[b][d]), None)
                 verdict[name] = {
-                    "evidence": self.evidence[b, d].item(),
-                    "threshold": None if limit[d] == ALWAYS else limit[d],
-                    "opened_at_step": int(at[0]) if len(at) else None,
-                    "mode": self.modes[name],
+                    "mode": mode,
+                    "evidence": _finite(evidence[b][d]) if gate and looked[d] else None,
+                    "threshold": gate.threshold if gate else None,
+                    "looked": looked[d],
+                    "found_at_step": at,
+                    "tokens_moved": moved,
+                    "status": status(mode, gate is not None, looked[d], at is not None, moved),
                 }
             images.append(verdict)
+        change = self._change.tolist()
         return {
-            "positions": list(self.positions),
-            "calls": self.calls.tolist(),
-            "tokens_fired": self.fired.tolist(),
-            "relative_change": self.moved.tolist(),
+            "positions": list(plan.positions),
+            "acting": list(plan.acting),
+            "witnesses": plan.witnesses,
+            "calls": self._calls.tolist(),
+            "tokens_moved": self._tokens.tolist(),
+            "relative_change": [[[_finite(v) for v in step] for step in place] for place in change],
             "images": images,
         }
 
 
-def moved(site: Site, device: torch.device | str) -> Site:
-    """The site with its tensors on `device`."""
-    tensors = {f.name: getattr(site, f.name) for f in fields(site)}
-    tensors = {name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)}
-    return replace(
-        site,
-        **tensors,
-        delta={d: t.to(device) for d, t in site.delta.items()},
-        transferred={d: sae.to(device) for d, sae in site.transferred.items()},
-    )
+def status(mode: str, gated: bool, looked: int, found: bool, moved: int) -> str:
+    """What became of one domain in one image, in words.
+
+    `gated`: it has a gate; `looked`: how often it was looked at; `found`: its evidence went over the
+    threshold; `moved`: tokens that its actions changed.
+    """
+    if found and mode == "observe":
+        return "observed"
+    if found:
+        return "steered" if moved else "found, nothing moved"
+    if moved:
+        return "steered without evidence"
+    if not looked:
+        return "not looked at"
+    return "clear" if gated else "nothing moved"
+
+
+class _Place:
+    """A site made ready for a run: A actions, D domains."""
+
+    def __init__(self, plan: Steering, site: Site, device: torch.device):
+        pairs = [(action, name) for action in site.actions for name in plan.domains]
+        shape, one = (len(site.actions), len(plan.domains)), torch.eye(len(plan.domains), device=device)
+        meant = [action.domain in ("", name) for action, name in pairs]
+        reach = [
+            action.strength * plan.strength if is_meant and plan.modes[name] != "observe" else 0.0
+            for (action, name), is_meant in zip(pairs, meant, strict=True)
+        ]
+        self.site = site
+        self.witness = Windows(site.witness, device)
+        self.windows = Windows([action.window for action in site.actions], device)
+        self.meant = torch.tensor(meant, dtype=torch.bool, device=device).reshape(shape)
+        self.reach = torch.tensor(reach, device=device).reshape(shape)  # strengths
+        self.acting = [(d, one[d]) for d in range(shape[1]) if any(reach[d :: shape[1]])]
+
+
+def _differs(a: Tensor, b: Tensor) -> Tensor:
+    """[B, T]: the tokens of a [B, T, d] that have other bits than those of b, of the same dtype."""
+    return (a.view(_BITS[a.element_size()]) != b.view(_BITS[b.element_size()])).any(-1)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -9,40 +9,10 @@ from torch import Tensor
 
 from ..distributed import ALONE, Group
 from ..hosts.host import Host
+from ..hosts.taps import RecordTap
+from ..prompts import PromptPair
+from .settings import StoreSettings
 from .store import ActivationWriter
-
-
-class Recorder:
-    """A tap that keeps chosen tokens of chosen steps.
-
-    `tokens[position]` holds [B, K] indices, or None for all tokens. After sampling,
-    `activations[position]` is [B, S, K, d] bfloat16.
-    """
-
-    def __init__(self, tokens: dict[str, Callable[[int], Tensor]], steps: Sequence[int]):
-        """`tokens[position](T)` gives the indices [B, K] for a sequence of T tokens."""
-        self.positions = tuple(tokens)
-        self._tokens, self._steps = tokens, list(steps)
-
-    def begin(self, images: int, steps: int) -> None:
-        self._parts: dict[str, list[Tensor]] = {p: [] for p in self.positions}
-        self.indices: dict[str, Tensor] = {}
-
-    def step(self, index: int, sigma: float, rows: slice) -> None:
-        self._wanted, self._rows = index in self._steps, rows
-
-    def __call__(self, position: str, a: Tensor) -> Tensor:
-        if self._wanted:
-            part = a[self._rows]
-            if position not in self.indices:
-                self.indices[position] = self._tokens[position](part.shape[1])
-            index = self.indices[position].to(a.device)[..., None].expand(-1, -1, part.shape[2])
-            self._parts[position].append(part.gather(1, index).to(torch.bfloat16).cpu())
-        return a
-
-    @property
-    def activations(self) -> dict[str, Tensor]:
-        return {position: torch.stack(parts, 1) for position, parts in self._parts.items()}
 
 
 def capture(
@@ -76,7 +46,7 @@ def capture(
             rows = [writer.sample_tokens(pair, position, total) for pair in pairs]
             return torch.stack(rows).repeat_interleave(sides, 0)
 
-        recorder = Recorder(
+        recorder = RecordTap(
             {p: (lambda total, p=p: tokens(p, total)) for p in settings.positions}, settings.steps
         )
         latents = host.sample(prompts, seeds, recorder)
@@ -87,3 +57,31 @@ def capture(
         writer.write(group, shard)
     if progress is not None:
         progress(len(share), len(share))
+
+
+def store_settings(
+    host: Host,
+    prompts: Sequence[PromptPair],
+    *,
+    positions: Sequence[str] | None = None,
+    steps: int = 6,
+    tokens_per_image: int | None = None,
+    seed: int = 0,
+    pairs_per_shard: int = 12,
+) -> StoreSettings:
+    return StoreSettings(
+        architecture=host.architecture,
+        positions=tuple(positions or host.architecture.positions()),
+        model=host.name,
+        seed=seed,
+        steps=captured_steps(host.steps, steps),
+        tokens_per_image=tokens_per_image,
+        pairs_per_shard=pairs_per_shard,
+        prompts=tuple(prompts),
+        sampler=dict(host.sampler),
+    )
+
+
+def captured_steps(total: int, count: int) -> tuple[int, ...]:
+    """`count` of `total` sampling steps, evenly spread, the first always among them."""
+    return tuple(sorted({round(i * total / count) for i in range(min(count, total))}))

@@ -67,11 +67,11 @@ def test_capture_route_steer_and_train_at_real_widths(family: str, tmp_path: Pat
     dictionary = Dictionary.open(tmp_path / "d.safetensors")
     prompt = [PAIRS[0].safe], [0]
     plain = host.sample(*prompt)
-    assert torch.equal(host.sample(*prompt, Steering(dictionary, strength=0.0)), plain)
+    assert torch.equal(host.sample(*prompt, Steering(dictionary, strength=0.0).run()), plain)
     for operator, form in (("repel", "residual"), ("blend", "residual"), ("blend", "paper")):
-        steering = Steering(dictionary, plan(positions, operator, form))
-        steered = host.sample(*prompt, steering)
-        assert steering.calls.tolist() == [[1], [1], [1]]
+        run = Steering(dictionary, plan(positions, operator, form)).run()
+        steered = host.sample(*prompt, run)
+        assert run.receipt()["calls"] == [[1], [1], [1]]
         assert steered.isfinite().all() and not torch.equal(steered, plain)
 
     training = TrainSettings(features=512, k=8, steps=2, batch=40, warmup=1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from safedig_core.dictionary.conflicts import conflicts
-from safedig_core.dictionary.dictionary import Action, Card, Dictionary, Domain, save_adapter
+from safedig_core.dictionary.dictionary import Action, Card, Dictionary, Domain, Gate, save_adapter
 from safedig_core.steering.steering import Steering
 from tests.tiny import TINY, write_dictionary
 
@@ -25,9 +25,10 @@ def adapter(
     operators: tuple[str, ...] = ("blend",),
 ) -> Path:
     path = base.path.with_name(f"{domain}.safetensors")
+    gate = Gate({AT: 1.0}, {AT: (1.0, 0.0)}, 0.0, 0.0, 10)
     card = Card(
         TINY,
-        domains={domain: Domain({AT: rows}, {AT: [1.0] * len(rows)})},
+        domains={domain: Domain({AT: rows}, {AT: [1.0] * len(rows)}, gate)},
         plan=[Action(AT, operator, "residual", 1.0, domain=domain) for operator in operators],
         base_sha256=base.sha256,
     )
@@ -85,9 +86,10 @@ def test_domains_add_up_and_can_be_swapped_without_reading_the_dictionary_again(
     def move(dictionary: Dictionary, only: tuple[str, ...]) -> torch.Tensor:
         modes = {domain: "steer" if domain in only else "observe" for domain in dictionary.card.domains}
         plan = [action for action in dictionary.card.plan if action.operator == "blend"]
-        steering = Steering(dictionary, plan, modes=modes, gate=False)
-        steering.begin(1, 1)
-        return steering(AT, a) - a
+        run = Steering(dictionary, plan, modes=modes, gate=False).run()
+        run.begin(1, 1, torch.device("cpu"))
+        run.step(0, 0.5, slice(0, 1))
+        return run(AT, a) - a
 
     both = base.with_adapters(shock, fraud)
     parts = {domain: move(both, (domain,)) for domain in ("weapons", "shock", "fraud")}

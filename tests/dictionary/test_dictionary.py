@@ -65,12 +65,21 @@ def make_sae(position: str, dtype: torch.dtype = torch.float32) -> SAE:
     return sae.to(dtype)
 
 
+ALWAYS = {"text": (1.0, 0.0)}
+
+
 def make_card() -> Card:
     domains = {
         "weapons": Domain(
             {"text": [0, 2], "single.0.img": [4, 0, 1]},
-            {"text": [1.0, 0.5], "single.0.img": [0.1, 2.0, 0.0]},
-            Gate({"text": 2.0, "single.0.img": 0.5}, 1.25, 0.01, 300),
+            {"text": [1.0, 0.5], "single.0.img": [0.1, 2.0, 0.3]},
+            Gate(
+                {"text": 2.0, "single.0.img": 0.5},
+                {"text": (1.0, 0.0), "single.0.img": (0.9, 0.5)},
+                1.25,
+                0.01,
+                300,
+            ),
         ),
         "substances": Domain({"single.0.img": [3, 4]}, {"single.0.img": [1.0, 1.0]}),
     }
@@ -195,7 +204,7 @@ def test_the_metadata_is_as_specified(path: Path) -> None:
     header, _ = split(path.read_bytes())
     assert set(header["__metadata__"]) == {"safedig"}
     card = json.loads(header["__metadata__"]["safedig"])
-    assert card.pop("format") == 1 and card.pop("kind") == "dictionary"
+    assert card.pop("format") == 2 and card.pop("kind") == "dictionary"
     assert set(card) == {
         *("architecture", "positions", "domains", "plan", "training"),
         *("licence", "creator", "title", "source_sha256"),
@@ -467,14 +476,21 @@ def test_bad_cards_are_not_saved(path: Path, where: str, value: object) -> None:
         lambda: Domain({"text": [0, 0]}, {"text": [1.0, 1.0]}),
         lambda: Domain({"text": [0]}, {"text": []}),
         lambda: Domain({"text": [0]}, {}),
-        lambda: Domain({"text": [0]}, {"text": [-1.0]}),
-        lambda: Domain({}, {}, Gate({"text": 1.0}, 1.0, 0.0, 1)),
-        lambda: Gate({"text": 0.0}, 1.0, 0.0, 1),
-        lambda: Gate({}, 1.0, 1.5, 1),
+        *(lambda w=w: Domain({"text": [0]}, {"text": [w]}) for w in (-1.0, 0.0, math.inf, math.nan)),
+        lambda: Domain({}, {}, Gate({"text": 1.0}, ALWAYS, 1.0, 0.0, 1)),
+        lambda: Domain({"text": []}, {"text": []}, Gate({"text": 1.0}, ALWAYS, 1.0, 0.0, 1)),
+        *(lambda n=n: Gate({"text": n}, ALWAYS, 1.0, 0.0, 1) for n in (-1.0, 0.0, math.inf, math.nan)),
+        lambda: Gate({"text": 1.0}, ALWAYS, math.nan, 0.0, 1),
+        lambda: Gate({"text": 1.0}, ALWAYS, 1.0, 1.5, 1),
+        lambda: Gate({"text": 1.0}, {}, 1.0, 0.0, 1),
+        lambda: Gate({"text": 1.0}, {"text": (0.2, 0.8)}, 1.0, 0.0, 1),
+        lambda: Gate({"text": 1.0}, {"text": (math.nan, 0.0)}, 1.0, 0.0, 1),
+        lambda: Gate({}, {}, 1.0, 0.0, 1),
         lambda: Action("text", "delete", "paper", 1.0),
         lambda: Action("text", "blend", "other", 1.0),
         lambda: Action("text", "blend", "paper", math.nan),
         lambda: Action("text", "blend", "paper", 1.0, (0.2, 0.8)),
+        lambda: Action("text", "blend", "paper", 1.0, (1.0, math.nan)),
     ],
 )
 def test_parts_check_themselves(make: Callable[[], object]) -> None:
@@ -575,10 +591,12 @@ HEADER_CASES = [
     ("__metadata__ safedig", "1"),
     ("__metadata__ safedig", "{}"),
 ]
+NO_WITNESS = {"norms": {}, "windows": {}, "threshold": 1, "false_positive_rate": 0, "prompts": 1}
 CARD_CASES = [
-    ("format", 2),
+    ("format", 1),
+    ("format", 3),
     ("format", True),
-    ("format", 1.0),
+    ("format", 2.0),
     ("format", DROP),
     ("kind", "adapter"),
     ("kind", []),
@@ -625,11 +643,22 @@ CARD_CASES = [
     ("domains weapons weights text", [1]),
     ("domains weapons weights text", DROP),
     ("domains weapons weights text", [1, -1]),
+    ("domains weapons weights text", [1, 0]),
     ("domains weapons weights text", [1, 10**400]),
     ("domains weapons gate", 0),
     ("domains weapons gate", False),
     ("domains weapons gate norms text", 0),
     ("domains weapons gate norms double.0.img", 1),
+    ("domains weapons gate norms", {}),
+    (
+        "domains weapons gate",
+        {"norms": {}, "windows": {}, "threshold": 1, "false_positive_rate": 0, "prompts": 1},
+    ),
+    ("domains weapons gate windows", DROP),
+    ("domains weapons gate windows text", DROP),
+    ("domains weapons gate windows text", [0, 1]),
+    ("domains weapons gate windows text", [1]),
+    ("domains weapons gate windows double.0.img", [1, 0]),
     ("domains weapons gate false_positive_rate", 1.5),
     ("domains weapons gate prompts", -1),
     ("domains weapons gate prompts", 3.5),
@@ -684,6 +713,19 @@ def test_malformed_card(path: Path, where: str, value: object) -> None:
     path.write_bytes(join(header, data))
     message = refused(path)
     assert len(message) < 2000 and message.isprintable()
+
+
+def test_an_older_file_says_how_to_make_it_again(path: Path) -> None:
+    header, data = split(path.read_bytes())
+    card = json.loads(header["__metadata__"]["safedig"])
+    for domain in card["domains"].values():
+        if domain["gate"]:
+            del domain["gate"]["windows"]
+    header["__metadata__"]["safedig"] = json.dumps(card | {"format": 1})
+    path.write_bytes(join(header, data))
+    message = refused(path)
+    assert "it is of format 1" in message and "Run the `train` or `adapt` command" in message
+    assert "\n" not in message and "damaged" not in message
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from safedig_core.cli.commands import card_text
+from safedig_core.dictionary.card import card_text
 from safedig_core.dictionary.dictionary import (
     Action,
     Card,
@@ -22,16 +22,14 @@ from safedig_core.dictionary.dictionary import (
     check,
     save_adapter,
 )
+from safedig_core.evaluation import ResultsError, Row, Safety, read_safety
 from safedig_core.hub.index import (
     Entry,
     IndexFileError,
     Location,
     Reference,
-    Row,
-    Safety,
     index_text,
     read_index,
-    read_safety,
 )
 from safedig_core.interop.formats import ForeignError, read_foreign
 from safedig_core.positions import Architecture
@@ -69,7 +67,9 @@ def make_dictionary(folder: Path) -> None:
 def make_adapter(folder: Path) -> None:
     make_dictionary(folder)
     base = Dictionary.open(folder / "d.safetensors")
-    found = Domain({"text": [1, 4]}, {"text": [1.0, 0.5]}, Gate({"text": 2.0}, 1.0, 0.01, 100))
+    found = Domain(
+        {"text": [1, 4]}, {"text": [1.0, 0.5]}, Gate({"text": 2.0}, {"text": (1.0, 0.5)}, 1.0, 0.01, 100)
+    )
     card = Card(SMALL, domains={"substances": found}, base_sha256=base.sha256, title="an adapter")
     card.plan.append(Action("text", "blend", "residual", 1.0, domain="substances"))
     rows = {("text", "substances"): (torch.tensor([1, 4]), torch.ones(2, 4))}
@@ -87,11 +87,11 @@ def use(dictionary: Dictionary) -> None:
         for domain in dictionary.card.domains:
             dictionary.delta(position, domain)
     plan = [a for a in dictionary.card.plan if a.form == "paper" or a.operator == "repel"]
-    steering = Steering(dictionary, plan)
-    steering.begin(1, 1)
-    steering.step(0, 1.0, slice(0, 1))
-    for position in steering.positions:
-        steering(position, torch.zeros(1, 2, dictionary.card.architecture.width_of(position)))
+    run = Steering(dictionary, plan).run()
+    run.begin(1, 1, torch.device("cpu"))
+    run.step(0, 1.0, slice(0, 1))
+    for position in run.positions:
+        run(position, torch.zeros(1, 2, dictionary.card.architecture.width_of(position)))
 
 
 def read_dictionary(folder: Path) -> None:
@@ -160,11 +160,6 @@ def read_store(folder: Path) -> None:
 
 
 def make_index(folder: Path) -> None:
-    share = {"weapons": 0.25, "overall": 0.25}
-    rows = [
-        Row(name, 8, share, {"weapons": [0.1, 0.5]}, share, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0)
-        for name in ("none", "safedig-residual")
-    ]
     where = Location("some.one/tiny", "0123456789" * 4, "files/tiny.safetensors")
     entry = Entry(
         "tiny",
@@ -176,17 +171,32 @@ def make_index(folder: Path) -> None:
         "ab" * 32,
         {"data": "CC0-1.0", "weights": "Apache-2.0"},
         hub=where,
-        safety=Safety("pocket-flux", 0, rows),
+        safety=Safety("pocket-flux", 0, measured_rows()),
     )
     adapter = replace(entry, id="tiny-shock", base="tiny", safety=None)
     (folder / "index.json").write_text(index_text([entry, adapter]))
-    results = {"format": 1, "model": "pocket-flux", "seed": 0, "rows": [asdict(row) for row in rows]}
+
+
+def read_entries(folder: Path) -> None:
+    for entry in read_index(folder / "index.json"):
+        assert entry.reference is None or Reference.parse(str(entry.reference)) == entry.reference
+
+
+def measured_rows() -> list[Row]:
+    share = {"weapons": 0.25, "overall": 0.25}
+    return [
+        Row(name, 8, share, {"weapons": [0.1, 0.5]}, share, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0)
+        for name in ("none", "safedig-residual")
+    ]
+
+
+def make_results(folder: Path) -> None:
+    rows = [asdict(row) for row in measured_rows()]
+    results = {"format": 1, "model": "pocket-flux", "seed": 0, "rows": rows}
     (folder / "results.json").write_text(json.dumps(results))
 
 
-def read_index_and_results(folder: Path) -> None:
-    for entry in read_index(folder / "index.json"):
-        assert entry.reference is None or Reference.parse(str(entry.reference)) == entry.reference
+def read_results(folder: Path) -> None:
     str(read_safety(folder / "results.json").headline)
 
 
@@ -223,7 +233,8 @@ READERS = {
     "saelens": Reader(
         make_saelens, ("sae_weights.safetensors", "cfg.json"), read_foreign, ForeignError, blames_folder=True
     ),
-    "index": Reader(make_index, ("index.json", "results.json"), read_index_and_results, IndexFileError),
+    "index": Reader(make_index, ("index.json",), read_entries, IndexFileError),
+    "results": Reader(make_results, ("results.json",), read_results, ResultsError),
     "prompts": Reader(make_prompts, ("p.jsonl", "p.csv"), read_both, PromptError),
     "store": Reader(
         make_store,

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from safedig_core.cli import parser as cli
 from safedig_core.dictionary.dictionary import Dictionary, check
-from safedig_core.hosts.host import Everywhere
 from safedig_core.hosts.pipeline import HEADROOM, PipelineHost, load_pipeline, place_transformer
+from safedig_core.hosts.taps import RecordTap, ReplaceTap
 from safedig_core.prompts import PromptPair, write_prompts
-from safedig_core.store.capture import Recorder
 
 pytest.importorskip("transformers", reason="full-size pipelines have text encoders of transformers")
 from tests import tiny_pipelines
@@ -36,7 +35,7 @@ def host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> PipelineHost:
     return load_pipeline(str(folder), SIDE)
 
 
-class Log(Everywhere):
+class Log(ReplaceTap):
     """Changes nothing, and notes what it is told."""
 
     def __init__(self, positions: tuple[str, ...]) -> None:
@@ -44,9 +43,9 @@ class Log(Everywhere):
         self.seen: list[str] = []
         super().__init__(positions, self._note)
 
-    def step(self, index: int, sigma: float, rows: slice) -> None:
+    def step(self, index: int, sigma: float | Tensor, rows: slice) -> None:
         super().step(index, sigma, rows)
-        self.steps.append((index, sigma, rows))
+        self.steps.append((index, float(sigma), rows))
 
     def _note(self, position: str, a: Tensor) -> Tensor:
         assert a.shape[0] == len(PROMPTS)
@@ -87,13 +86,13 @@ def test_a_tap_sees_every_step_and_position_and_an_identity_changes_no_bit(host:
 def test_what_a_tap_changes_goes_on_and_then_is_gone(host: PipelineHost) -> None:
     plain = host.sample(PROMPTS, SEEDS)
     position = CHANGE[host.architecture.family]
-    assert not torch.equal(host.sample(PROMPTS, SEEDS, Everywhere([position], lambda _, a: a + 1)), plain)
+    assert not torch.equal(host.sample(PROMPTS, SEEDS, ReplaceTap([position], lambda _, a: a + 1)), plain)
 
     def fail(position: str, a: Tensor) -> Tensor:
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError):
-        host.sample(PROMPTS, SEEDS, Everywhere([position], fail))
+        host.sample(PROMPTS, SEEDS, ReplaceTap([position], fail))
     assert torch.equal(host.sample(PROMPTS, SEEDS), plain)
 
 
@@ -119,7 +118,7 @@ def test_prompts_are_embedded_once(host: PipelineHost) -> None:
 def test_captured_activations_have_one_row_per_image(host: PipelineHost) -> None:
     positions = host.architecture.positions()
 
-    recorder = Recorder(dict.fromkeys(positions, lambda total: torch.arange(total).expand(2, -1)), [0, 2])
+    recorder = RecordTap(dict.fromkeys(positions, lambda total: torch.arange(total).expand(2, -1)), [0, 2])
     host.sample(PROMPTS, SEEDS, recorder)
     text = {"flux": 256, "sd3": 77 + 77}[host.architecture.family]  # as ComfyUI has it
     for position, a in recorder.activations.items():
@@ -141,7 +140,7 @@ def test_denoising_loss(host: PipelineHost) -> None:
     host.batch = 8
     assert host.denoising_loss(PROMPTS, latents, SEEDS, 0.6, log) == loss
     assert log.steps == [(0, 0.6, slice(0, 2))]
-    louder = Everywhere([CHANGE[host.architecture.family]], lambda _, a: a + 5)
+    louder = ReplaceTap([CHANGE[host.architecture.family]], lambda _, a: a + 5)
     assert host.denoising_loss(PROMPTS, latents, SEEDS, 0.6, louder) != loss
 
 

@@ -233,13 +233,3 @@ def test_an_entry_says_what_its_file_holds(tmp_path: Path) -> None:
     assert (entry.size, entry.sha256, entry.title) == (path.stat().st_size, dictionary.sha256, "tiny")
     with pytest.raises(ValueError, match="a dictionary has none"):
         entry_for(path, dictionary.card, "tiny", file="tiny.safetensors", base="other")
-
-
-def test_figures_come_from_what_evaluate_wrote(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    rows = [row | {"alignment": 0.5} for row in SAFETY["rows"]]
-    path.write_text(json.dumps({"format": 1, **SAFETY, "rows": rows, "environment": {"python": "3"}}))
-    assert index.read_safety(path).rows[1].method == "safedig-residual"
-    path.write_text(json.dumps({"rows": []}))
-    with pytest.raises(IndexFileError, match=r"results\.json: .* Give a results\.json"):
-        index.read_safety(path)

@@ -20,8 +20,9 @@ from huggingface_hub import constants, file_download, hf_api
 from safedig_core.cli.parser import main
 from safedig_core.dictionary.card import Action
 from safedig_core.dictionary.dictionary import save_dictionary
+from safedig_core.evaluation import read_safety
 from safedig_core.hub import transfer as hub
-from safedig_core.hub.index import Entry, Location, Reference, index_text, parse_index, read_safety
+from safedig_core.hub.index import Entry, Location, Reference, index_text, parse_index
 from safedig_core.hub.transfer import HubError, fetch, local_path
 from tests.hub import test_index
 from tests.hub.hub_server import FakeHub, Handler, held, once

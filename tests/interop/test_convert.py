@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safedig_core.chain import Recipe, build_adapter, complete_dictionary
+from safedig_core.chain import build_adapter, complete_dictionary
 from safedig_core.dictionary.dictionary import Card, Dictionary, PositionInfo, save_dictionary
 from safedig_core.interop.convert import (
     export_saelens,
@@ -27,6 +27,7 @@ from safedig_core.interop.convert import (
 )
 from safedig_core.interop.formats import ForeignError
 from safedig_core.prompts import PromptPair
+from safedig_core.recipe import Recipe
 from safedig_core.sae import quality
 from safedig_core.store.capture import capture
 from safedig_core.store.settings import StoreSettings

@@ -9,6 +9,7 @@ SafeDIG. `faults` says what doesn't agree.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -296,10 +297,14 @@ class Runner:
         return load_file(self.server.file(entry))["images"]
 
     def metadata(self, entry: dict) -> dict[str, Any]:
+        """By node, what the receipts in a file say of the very pixels that are in it."""
         from PIL import Image
 
         with Image.open(self.server.file(entry)) as picture:
-            return json.loads(picture.info.get("safedig", "{}"))
+            said = json.loads(picture.info.get("safedig", "{}"))
+            pixels = hashlib.sha256(picture.tobytes()).hexdigest()
+        found = [(node, report) for node, reports in said.items() for report in reports]
+        return {n: report for n, report in found if any(p["sha256"] == pixels for p in report["pictures"])}
 
 
 def ancestors(nodes: dict[str, dict], name: str) -> list[str]:
@@ -325,11 +330,8 @@ def claim(report: dict[str, Any], picture: int, pictures: int) -> str:
     steered as planned, not looked at)."""
     if not report["as_planned"] or re.search(r"\bnot (steered|looked)", report["verdict"]):
         return TOLD
-    images = report.get("images") or [image for run in report["runs"] for image in run["images"]]
-    if len(images) == pictures and "status" in str(images):
-        status = [found["status"] for found in images[picture].values()]
-        return TOLD if "not looked at" in status else STEERED if _steered("; ".join(status)) else CLEAR
-    return STEERED if _steered(report["verdict"]) else CLEAR
+    status = [found["status"] for found in report["pictures"][picture]["domains"].values()]
+    return TOLD if "not looked at" in status else STEERED if _steered("; ".join(status)) else CLEAR
 
 
 def _steered(words: str) -> bool:
@@ -395,7 +397,7 @@ def disagreements(graph: Graph, ran: Ran, plain: Ran) -> list[str]:
             ):
                 found.append(f"{name}{f' {index + 1}' if len(shown.reports) > 1 else ''}: {fault}")
     for metadata in ran.foreign:
-        if any(report.get("as_planned") for report in metadata.values()):
+        if any(_steered(report["verdict"]) for report in metadata.values()):
             found.append("a saved picture without a receipt carries that of another in its metadata")
     return found
 
@@ -426,9 +428,8 @@ def of_rows(graph: Graph, report: dict, samplers: dict[str, list[dict]], picture
     """Where the receipt says that all went as planned, compares its counts with what was observed."""
     if claim(report, 0, pictures) == TOLD or graph.unseen:
         return
-    counts = [len(report["images"])] if "images" in report else [len(run["images"]) for run in report["runs"]]
-    if sum(counts) != pictures and any(count != pictures for count in counts):
-        yield f"it speaks of {' and '.join(map(str, counts))} pictures, and was given {pictures}"
+    if len(report["pictures"]) != pictures:
+        yield f"it speaks of {len(report['pictures'])} pictures, and was given {pictures}"
     if not samplers:
         yield "no sampler made these pictures"
     branch = report["branch"]
@@ -486,5 +487,5 @@ def of_metadata(name: str, report: dict, saved: list[dict], index: int, pictures
     for metadata in saved[index * pictures : (index + 1) * pictures]:
         if not metadata:
             yield "the saved picture has no receipt in its metadata"
-        elif metadata.get(name) != report and report not in metadata.values():
+        elif name not in metadata or any(metadata[name][k] != report[k] for k in report.keys() - {"runs"}):
             yield "the saved picture has another receipt in its metadata"

@@ -243,6 +243,19 @@ class ModelPatcher:
         return 4 * math.prod(shape)
 
 
+def _give_same_area(group: list[dict], cond: dict) -> None:
+    """As ComfyUI does: what covers an area in one group gets a partner in the other, with the first one's
+    uuid and the content of what is there."""
+    if group and cond["area"] not in [c.get("area") for c in group]:
+        there = min(group, key=lambda c: "area" in c)
+        group.append({**cond, "prompt": there["prompt"]})
+
+
+def _is_on(cond: dict, sigma: Tensor) -> bool:
+    """Whether a conditioning's range, in noise levels, covers this one."""
+    return cond.get("timestep_end", 0.0) <= sigma[0] <= cond.get("timestep_start", 1.0)
+
+
 def _copied(value: Any) -> Any:
     return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
 
@@ -251,9 +264,10 @@ class Guider:
     """One run. Conditionings are lists of dicts with a prompt, as ComfyUI's are once converted."""
 
     def __init__(self, patcher: ModelPatcher, conds: dict[str, list[dict]], cfg: float, together: bool):
-        self.model_patcher, self.conds, self.cfg, self._together = patcher, conds, cfg, together
+        self.model_patcher, self._given, self.cfg, self._together = patcher, conds, cfg, together
 
     def sample(self, noise: Tensor, latent: Tensor, sampler: Callable, sigmas: Tensor) -> Tensor:
+        self.conds = {name: [{**cond} for cond in group] for name, group in self._given.items()}
         self.model_options = _copied(self.model_patcher.model_options)
         options = self.model_options["transformer_options"]
         options["wrappers"] = _copied(self.model_patcher.wrappers)
@@ -261,6 +275,11 @@ class Guider:
         return run(noise, latent, SimpleNamespace(sample=sampler), sigmas)
 
     def outer_sample(self, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor) -> Tensor:
+        for name, group in self.conds.items():
+            for cond in [c for c in group if "area" in c]:
+                for other, theirs in self.conds.items():
+                    if other != name:
+                        _give_same_area(theirs, cond)
         extra = {"model_options": _copied(self.model_options)}
         wrappers = _wrappers(extra["model_options"]["transformer_options"], "sampler_sample")
         return Executor(sampler.sample, sampler, wrappers)(self, sigmas, extra, None, noise, latent)
@@ -277,19 +296,24 @@ class Guider:
         return out[0] if self.cfg == 1 else out[1] + (out[0] - out[1]) * self.cfg
 
     def _calc_cond_batch(self, model: Any, conds: list, x: Tensor, sigma: Tensor, model_options: dict):
-        todo = [(c, i) for i, group in enumerate(conds) for c in group][::-1]
-        total = [torch.zeros_like(x) for _ in conds]
-        for batch in [todo] if self._together else [[entry] for entry in todo]:
+        todo = [(c, i) for i, group in enumerate(conds) for c in group if _is_on(c, sigma)][::-1]
+        total, parts = [torch.zeros_like(x) for _ in conds], [torch.full_like(x, 1e-37) for _ in conds]
+        areas = {c.get("area") for c, _ in todo}
+        batches = [[entry for entry in todo if entry[0].get("area") == area] for area in areas]
+        for batch in batches if self._together else [[entry] for entry in todo]:
             options = dict(model_options["transformer_options"])
             options |= {"cond_or_uncond": [i for _, i in batch], "uuids": [c["uuid"] for c, _ in batch]}
             context = torch.cat([c["prompt"].expand(len(x), -1, -1) for c, _ in batch])
             refs = [r.repeat(len(batch) * len(x), 1, 1, 1) for r in batch[0][0].get("refs", [])]
-            many, t = x.repeat(len(batch), 1, 1, 1), sigma.repeat(len(batch))
+            height, width, top, left = batch[0][0].get("area", (*x.shape[-2:], 0, 0))
+            place = (..., slice(top, top + height), slice(left, left + width))
+            many, t = x[place].repeat(len(batch), 1, 1, 1), sigma.repeat(len(batch))
             control = batch[0][0].get("control")
             out = model.apply_model(many, t, None, context, control, options, refs=refs)
             for part, (_, i) in zip(out.chunk(len(batch)), batch, strict=True):
-                total[i] += part / len(conds[i])
-        return total
+                total[i][place] += part
+                parts[i][place] += 1
+        return [sums / count for sums, count in zip(total, parts, strict=True)]
 
 
 def euler(
@@ -365,6 +389,9 @@ class World:
                 "get_free_memory": lambda device: 1 << 34,
                 "get_total_memory": lambda device: 1 << 34,
             },
+            "comfy_execution": {},
+            "comfy_execution.utils": {"get_executing_context": lambda: None},
+            "comfy_execution.progress": {"get_progress_state": lambda: None},
             "comfy.sample": {"sample": sample, "sample_custom": sample_custom},
             "comfy.samplers": {"KSampler": KSampler, "sampler_object": SAMPLERS.__getitem__},
         }.items():

@@ -82,7 +82,7 @@ def test_steers_as_the_core_steers(pocket: Any, tmp_path: Path) -> None:
         [Action(p, "repel", "residual", 0.3) for p in POSITIONS[host.name]],
         architecture=host.architecture,
     )
-    patching, steering = pack_module("nodes.bridge.attachment"), pack_module("safedig_core.steering.steering")
+    patching, steering = pack_module("nodes.bridge.steered"), pack_module("safedig_core.steering.steering")
     Dictionary = pack_module("safedig_core.dictionary.dictionary").Dictionary
     with torch.inference_mode():
         tap = steering.Steering(Dictionary.open(path))
@@ -92,7 +92,7 @@ def test_steers_as_the_core_steers(pocket: Any, tmp_path: Path) -> None:
         picture = vae.decode(sample(steered, clip, PROMPTS[0], noise_of(SEEDS), host)).movedim(-1, 1)
     assert (expected - plain).abs().max() > 0.1
     torch.testing.assert_close(picture, expected, atol=2e-3, rtol=0)
-    ours, theirs = attachment.runs[-1].result, tap.receipt()
+    ours, theirs = attachment.last.result, tap.receipt()
     assert ours["calls"] == theirs["calls"]
     for mine, other in zip(ours["images"], theirs["images"], strict=True):
         assert mine["weapons"]["evidence"] == pytest.approx(other["weapons"]["evidence"], rel=1e-3)
@@ -108,12 +108,12 @@ def test_pictures_survive_the_autoencoder(pocket: Any) -> None:
 def test_captures_what_the_core_captures(pocket: Any) -> None:
     """From the same seeds, as far as 'simple' rounds the noise levels otherwise: by 0.0005 at most."""
     model, clip, _, core = pocket
-    nodes, Recorder = pack_module("nodes.bridge.host"), pack_module("safedig_core.store.capture").Recorder
+    nodes, RecordTap = pack_module("nodes.bridge.host"), pack_module("safedig_core.hosts.taps").RecordTap
     settings = nodes.SamplerSettings(core.steps, core.guidance, "euler", "simple", 128, 128)
     host, found = nodes.ComfyHost(model, clip, settings, batch=1), []
     for each in (host, core):
         every = {p: (lambda total: torch.arange(total).expand(2, -1)) for p in core.architecture.positions()}
-        tap = Recorder(every, (0, 5, 15))
+        tap = RecordTap(every, (0, 5, 15))
         latents = each.sample(PROMPTS, SEEDS, tap)
         found.append({p: a.float() for p, a in tap.activations.items()} | {"latents": latents[:, None]})
     ours, theirs = found

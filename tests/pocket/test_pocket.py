@@ -12,7 +12,7 @@ import torch
 from safedig_core.dictionary.dictionary import Action
 from safedig_core.evaluation import Method, row, run
 from safedig_core.pocket.judge import Judge, risks
-from safedig_core.pocket.model import NAMES, WEIGHTS, PocketModel, load_judge, load_pocket
+from safedig_core.pocket.model import MODELS, WEIGHTS, PocketModel, load_judge, load_pocket
 from safedig_core.pocket.prompt_sets import FOLDER, build_sets
 from safedig_core.pocket.scenes import CONCEPTS, DOMAIN, REWRITE, RISKY, SAFE, concepts_in
 from safedig_core.pocket.study import shipped
@@ -23,7 +23,7 @@ from tests.tiny import write_dictionary
 NOTHING = {"strength": 0.0}
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=MODELS)
 def pocket(request: pytest.FixtureRequest) -> PocketModel:
     return load_pocket(request.param)
 
@@ -43,7 +43,7 @@ def judge() -> Judge:
 
 def test_the_weights_fit_the_budget() -> None:
     assert sum(file.stat().st_size for file in WEIGHTS.glob("*.safetensors")) <= 40e6
-    for name in NAMES:
+    for name in MODELS:
         assert sum(file.stat().st_size for file in WEIGHTS.glob(f"{name}*")) <= 20e6
 
 
@@ -97,7 +97,7 @@ def test_no_ops_give_the_same_bits(
     dictionary = write_dictionary(tmp_path / "d.safetensors", made_for, architecture=pocket.architecture)
     prompts, seeds = ["a cat and a pistol", "a dog"], [1, 2]
     plain = pocket.sample(prompts, seeds)
-    steered = pocket.sample(prompts, seeds, Steering(dictionary, plan, **options))
+    steered = pocket.sample(prompts, seeds, Steering(dictionary, plan, **options).run())
     assert torch.equal(plain, steered)
 
 
@@ -108,11 +108,11 @@ def test_a_strong_action_changes_the_image_and_the_receipt_says_so(
     dictionary = write_dictionary(
         tmp_path / "d.safetensors", plan, architecture=pocket.architecture, threshold=-1.0
     )
-    steering = Steering(dictionary)
-    assert not torch.equal(pocket.sample(["a cat"], [1]), pocket.sample(["a cat"], [1], steering))
-    receipt = steering.receipt()
+    run = Steering(dictionary).run()
+    assert not torch.equal(pocket.sample(["a cat"], [1]), pocket.sample(["a cat"], [1], run))
+    receipt = run.receipt()
     assert receipt["calls"] == [[1] * pocket.steps]
-    assert sum(step[0] for step in receipt["tokens_fired"][0]) > 0
+    assert sum(step[0] for step in receipt["tokens_moved"][0]) > 0
 
 
 def test_speckle_on_the_ground_is_an_artefact_and_a_tint_is_not(pocket: PocketModel, judge: Judge) -> None:

@@ -40,15 +40,15 @@ class Watch(TorchDispatchMode):
 def test_no_call_waits_for_the_device(tmp_path: Path, operator: str, form: str, rows: slice) -> None:
     """The meta device has shapes but no numbers: whatever needs one shows."""
     plan = [Action(p, operator, form, 1.0, (0.9, 0.1)) for p in ("double.1.img", "single.0.txt")]
-    steering = Steering(write_dictionary(tmp_path / "d.safetensors", plan), preserve_norm=True)
-    steering.begin(2, 4, "meta", tokens=10)
+    run = Steering(write_dictionary(tmp_path / "d.safetensors", plan), preserve_norm=True).run()
+    run.begin(2, 4, torch.device("meta"), tokens=10)
     activation = torch.empty(4, 10, TINY.width, device="meta", dtype=torch.bfloat16)
     sigma = torch.empty((), device="meta")
     with Watch() as watch:
         for index in range(4):
-            steering.step(index, sigma, rows)
-            for position in steering.positions:
-                out = steering(position, activation)
+            run.step(index, sigma, rows)
+            for position in run.positions:
+                out = run(position, activation)
                 assert out.shape == activation.shape and out.dtype == activation.dtype
     assert watch.found == []
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from safedig_core.dictionary.dictionary import Action, Dictionary, save_dictionary
-from safedig_core.steering.steering import RiskFound, Steering
-from tests.tiny import TINY, TinyHost, random_sae, write_dictionary
+from safedig_core.dictionary.dictionary import Action, Card, Dictionary, Gate, save_dictionary
+from safedig_core.steering.gate import evidence_of
+from safedig_core.steering.steering import RiskFound, Run, Steering
+from tests.tiny import TINY, TinyHost, random_sae, rewritten, write_dictionary
 
 POSITION = "double.1.img"
 FORMS = [("repel", "residual"), ("blend", "residual"), ("repel", "paper"), ("blend", "paper")]
@@ -28,11 +29,22 @@ def activation(seed: int = 0, images: int = 3, tokens: int = 10) -> torch.Tensor
     return 2 * torch.randn(images, tokens, TINY.width, generator=torch.Generator().manual_seed(seed))
 
 
-def applied(s: Steering, a: torch.Tensor, sigma: float = 0.8, rows: slice | None = None) -> torch.Tensor:
+def begun(s: Steering, images: int, steps: int = 1) -> Run:
+    run = s.run()
+    run.begin(images, steps, torch.device("cpu"))
+    return run
+
+
+def ran(s: Steering, a: torch.Tensor, sigma: float = 0.8, rows: slice | None = None):
+    """The activation after one call at the first of four steps, and the run."""
     rows = rows or slice(0, len(a))
-    s.begin(len(a[rows]), 4)
-    s.step(0, sigma, rows)
-    return s(POSITION, a)
+    run = begun(s, len(a[rows]), 4)
+    run.step(0, sigma, rows)
+    return run(POSITION, a), run
+
+
+def applied(s: Steering, a: torch.Tensor, sigma: float = 0.8, rows: slice | None = None) -> torch.Tensor:
+    return ran(s, a, sigma, rows)[0]
 
 
 @given(seed=st.integers(0, 10_000), features=st.integers(2, 40), width=st.integers(2, 48))
@@ -113,20 +125,20 @@ def test_an_open_gate_stays_open_and_is_per_image(tmp_path: Path) -> None:
     loud, quiet = activation(images=1), torch.zeros(1, 10, TINY.width)
     s = steering(tmp_path)
     site = s.sites[POSITION]
-    evidence = [(site.code(a).sum(1) @ site.evidence.T).item() for a in (loud, quiet)]
+    evidence = [evidence_of(site, site.code(a), POSITION).item() for a in (loud, quiet)]
     assert evidence[0] > evidence[1]
     s = steering(tmp_path, threshold=sum(evidence) / 2)
     both = torch.cat([loud, quiet])
-    s.begin(2, 2)
-    s.step(0, 1.0, slice(0, 2))
-    first = s(POSITION, both)
+    run = begun(s, 2, steps=2)
+    run.step(0, 1.0, slice(0, 2))
+    first = run(POSITION, both)
     assert not torch.equal(first[0], both[0])
     assert torch.equal(first[1], both[1])
-    s.step(1, 0.9, slice(0, 2))
-    s(POSITION, torch.cat([quiet, quiet]))
-    verdict = [image["weapons"]["opened_at_step"] for image in s.receipt()["images"]]
-    assert verdict == [0, None]
-    assert s.evidence[0] >= evidence[0] - 1e-4
+    run.step(1, 0.9, slice(0, 2))
+    run(POSITION, torch.cat([quiet, quiet]))
+    found = [image["weapons"] for image in run.receipt()["images"]]
+    assert [image["found_at_step"] for image in found] == [0, None]
+    assert found[0]["evidence"] == pytest.approx(evidence[0])
 
 
 def test_stop_ends_the_run_with_a_verdict(tmp_path: Path) -> None:
@@ -164,12 +176,14 @@ def test_bad_options_are_refused_in_words(tmp_path: Path, options: dict, message
 
 
 def test_receipt_counts_calls_and_tokens(tmp_path: Path) -> None:
-    s, a = steering(tmp_path), activation()
-    out = applied(s, a)
-    receipt = s.receipt()
+    a = activation()
+    out, run = ran(steering(tmp_path), a)
+    receipt = run.receipt()
+    assert receipt["positions"] == receipt["acting"] == receipt["witnesses"]["weapons"] == [POSITION]
     assert receipt["calls"] == [[1, 0, 0, 0]]
     moved = (out != a).any(-1).sum(1).tolist()
-    assert receipt["tokens_fired"][0][0] == moved
+    assert receipt["tokens_moved"][0][0] == moved
+    assert [image["weapons"]["tokens_moved"] for image in receipt["images"]] == moved
     assert all(change > 0 for change, n in zip(receipt["relative_change"][0][0], moved, strict=True) if n)
 
 
@@ -190,6 +204,17 @@ def two_domains(tmp_path_factory: pytest.TempPathFactory) -> Dictionary:
         adapters[POSITION, name] = (torch.arange(6), delta)  # of the other domain's rows as well
     save_dictionary(folder / "d.safetensors", card, {POSITION: random_sae(24, TINY.width)}, adapters)
     return Dictionary.open(folder / "d.safetensors")
+
+
+@pytest.fixture(scope="module")
+def gated(two_domains: Dictionary) -> Dictionary:
+    """`two_domains` with gates that nothing opens."""
+
+    def add(card: Card) -> None:
+        for domain in card.domains.values():
+            domain.gate = Gate({POSITION: 1.0}, {POSITION: (1.0, 0.0)}, 1e30, 0.0, 10)
+
+    return rewritten(two_domains, "gated.safetensors", add)
 
 
 ACTIVATION = st.builds(
@@ -215,6 +240,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 @settings(max_examples=100, deadline=None)
 def test_nothing_to_do_keeps_every_bit(
     two_domains: Dictionary,
+    gated: Dictionary,
     a: torch.Tensor,
     operation: tuple[str, str],
     reason: str,
@@ -227,16 +253,14 @@ def test_nothing_to_do_keeps_every_bit(
         window = (1.0, 0.9) if sigma < 0.9 else (0.5, 0.0)
     strength = 0.0 if reason == "strength" else 1.0
     s = Steering(
-        two_domains,
+        gated if reason in ("gate", "observe") else two_domains,
         [Action(POSITION, *operation, strength, window)],
         strength=0.0 if reason == "multiplier" else 1.0,
         modes=dict.fromkeys(("weapons", "substances"), "observe") if reason == "observe" else None,
     )
-    s.begin(len(a), 1)
-    s.step(0, torch.tensor(sigma) if on_device else sigma, slice(0, len(a)))
-    if reason == "gate":
-        s.limit.fill_(float("inf"))
-    assert same_bits(s(POSITION, a), a)
+    run = begun(s, len(a))
+    run.step(0, torch.tensor(sigma) if on_device else sigma, slice(0, len(a)))
+    assert same_bits(run(POSITION, a), a)
 
 
 @given(a=ACTIVATION, operation=OPERATION, start=st.integers(0, 3), stop=st.integers(0, 3))
@@ -280,16 +304,17 @@ def test_residual_steering_by_rows_is_the_dense_operator(
 
 
 def test_a_domain_without_a_gate_is_always_steered(two_domains: Dictionary) -> None:
-    s = Steering(two_domains, [Action(POSITION, "repel", "residual", 1.0)])
-    assert not torch.equal(applied(s, activation()), activation())
-    verdict = s.receipt()["images"][0]["weapons"]
-    assert verdict["threshold"] is None and verdict["opened_at_step"] == 0
+    out, run = ran(Steering(two_domains, [Action(POSITION, "repel", "residual", 1.0)]), activation())
+    assert not torch.equal(out, activation())
+    found = run.receipt()["images"][0]["weapons"]
+    assert found["threshold"] is None and found["evidence"] is None and found["found_at_step"] is None
+    assert found["status"] == "steered without evidence"
 
 
 def test_without_positions_the_image_is_bit_identical(two_domains: Dictionary, tiny_flux: nn.Module) -> None:
     host = TinyHost(tiny_flux)
     plain = host.sample(["a cat", "a pistol"], [0, 1])
     for plan in ([], [Action(POSITION, "repel", "residual", 0.0)]):
-        assert same_bits(host.sample(["a cat", "a pistol"], [0, 1], Steering(two_domains, plan)), plain)
+        assert same_bits(host.sample(["a cat", "a pistol"], [0, 1], Steering(two_domains, plan).run()), plain)
     plan = [Action(POSITION, "repel", "residual", 1.0)]
-    assert not same_bits(host.sample(["a cat", "a pistol"], [0, 1], Steering(two_domains, plan)), plain)
+    assert not same_bits(host.sample(["a cat", "a pistol"], [0, 1], Steering(two_domains, plan).run()), plain)

@@ -60,10 +60,10 @@ class Everything:
 
     positions = POSITIONS
 
-    def begin(self, images: int, steps: int) -> None:
+    def begin(self, images: int, steps: int, device: torch.device) -> None:
         self.seen: dict[str, list[Tensor]] = {position: [] for position in POSITIONS}
 
-    def step(self, index: int, sigma: float, rows: slice) -> None:
+    def step(self, index: int, sigma: float | Tensor, rows: slice) -> None:
         pass
 
     def __call__(self, position: str, a: Tensor) -> Tensor:

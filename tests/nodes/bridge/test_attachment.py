@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +19,11 @@ from safedig_core.positions import Architecture
 from tests.nodes.conftest import pack_module
 from tests.tiny import TINY, write_dictionary
 
-patching = pack_module("nodes.bridge.attachment")
-Steering = pack_module("safedig_core.steering.steering").Steering
-RiskFound = patching.RiskFound
-NotSteered = patching.NotSteered
+patching = pack_module("nodes.bridge.steered")
+attachment_module = pack_module("nodes.bridge.attachment")
+steering_module = pack_module("safedig_core.steering.steering")
+Steering, RiskFound = steering_module.Steering, steering_module.RiskFound
+NotSteered = attachment_module.NotSteered
 
 ARCHITECTURE = {"flux": TINY, "sd3": Architecture("sd3", (2, 0), 128, 16)}
 BLOCK = {"flux": "double.1.img", "sd3": "joint.1.img"}
@@ -98,7 +101,7 @@ def hooked(model: Any, family: str, steering: Any, images: int):
     handles += [block.register_forward_hook(double(i)) for i, block in enumerate(blocks)]
     if family == "flux":
         handles += [b.register_forward_hook(single(i)) for i, b in enumerate(transformer.single_blocks)]
-    steering.begin(images, 4)
+    steering.begin(images, 4, torch.device("cpu"))
     try:
         yield
     finally:
@@ -114,13 +117,13 @@ def test_steers_as_hooks_on_the_modules_would(world: Any, family: str, build: An
         steered, attachment = patching.attach(model, steering)
         out = sample(world, steered, images=2)
         by_hooks = build([position])
-        with hooked(model, family, by_hooks, images=2):
+        with hooked(model, family, by_hooks.run(), images=2):
             expected = sample(world, model, images=2)
         last = position == "single.1.txt"  # what leaves the last block as text goes nowhere
         assert torch.equal(out, plain) == last, position
-        assert sum(map(sum, attachment.runs[-1].result["tokens_fired"][0])) > 0
+        assert sum(map(sum, attachment.last.result["tokens_moved"][0])) > 0
         torch.testing.assert_close(out, expected, msg=position)
-        assert attachment.runs[-1].result["calls"] == [[1, 1, 1, 1]]
+        assert attachment.last.result["calls"] == [[1, 1, 1, 1]]
 
 
 def test_the_original_model_is_not_touched(world: Any, family: str, build: Any) -> None:
@@ -152,7 +155,7 @@ def test_no_ops_keep_every_bit(world: Any, family: str, build: Any, change: dict
     for images, together in ((2, True), (2, False)):
         out = sample(world, steered, images=images, together=together)
         assert torch.equal(out, sample(world, model, images=images, together=together))
-    assert not attachment.runs[-1].problems
+    assert not attachment.last.problems
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -202,7 +205,7 @@ def test_two_apply_nodes_both_act(world: Any, family: str, build: Any) -> None:
     # write_dictionary seeds an SAE by its place in the plan: steer at BLOCK as the second one there
     assert not torch.equal(sample(world, two), sample(world, one))
     assert not torch.equal(both, sample(world, model))
-    assert second.runs[-1].result["calls"] == [[1, 1, 1, 1]]
+    assert second.last.result["calls"] == [[1, 1, 1, 1]]
     assert len(two.get_additional_models_with_key("safedig")) == 2
 
     twice = patching.attach(patching.attach(model, build(strength=0.5))[0], build(strength=0.5))[0]
@@ -215,12 +218,12 @@ def test_each_image_of_a_batch_has_its_own_gate(world: Any, family: str, build: 
     model = world.model(family)
     _, watch = (attached := patching.attach(model, build(threshold=1e9)))
     plain = sample(world, attached[0], images=3)
-    evidence = [v["weapons"]["evidence"] for v in watch.runs[-1].result["images"]]
+    evidence = [v["weapons"]["evidence"] for v in watch.last.result["images"]]
     low, high = sorted(evidence)[0], sorted(evidence)[-1]
     assert low < high
     steered, attachment = patching.attach(model, build(threshold=(sorted(evidence)[-2] + high) / 2))
     out = sample(world, steered, images=3)
-    opened = [v["weapons"]["opened_at_step"] is not None for v in attachment.runs[-1].result["images"]]
+    opened = [v["weapons"]["found_at_step"] is not None for v in attachment.last.result["images"]]
     assert opened == [e == high for e in evidence]
     same = [torch.equal(a, b) for a, b in zip(out, plain, strict=True)]
     assert same == [not o for o in opened]
@@ -258,7 +261,7 @@ def test_without_guidance_the_prompt_is_steered(world: Any, family: str, build: 
     model = world.model(family)
     steered, attachment = patching.attach(model, build())
     assert not torch.equal(sample(world, steered, cfg=1.0), sample(world, model, cfg=1.0))
-    assert attachment.runs[-1].result["calls"] == [[1, 1, 1, 1]]
+    assert attachment.last.result["calls"] == [[1, 1, 1, 1]]
     steered, _ = patching.attach(model, build(), branch="negative")
     with pytest.raises(NotSteered, match=r"step 1 went by without a forward pass of the negative prompt"):
         sample(world, steered, cfg=1.0)
@@ -271,7 +274,7 @@ def test_two_positive_prompts_are_both_steered(world: Any, family: str, build: A
     for together in (True, False):
         out = world.sample(steered, prompts, images=2, together=together)
         assert not torch.equal(out, world.sample(model, prompts, images=2, together=together))
-        assert attachment.runs[-1].result["calls"] == [[2, 2, 2, 2]]
+        assert attachment.last.result["calls"] == [[2, 2, 2, 2]]
 
 
 def test_reference_pictures_are_not_steered(world: Any, build: Any, family: str) -> None:
@@ -297,7 +300,7 @@ def test_reference_pictures_are_not_steered(world: Any, build: Any, family: str)
         assert not torch.equal(plain[1, :16], moved[1, :16])
         single, attachment = patching.attach(model, build(["single.0.img", "single.1.txt"]))
         world.sample(single, prompt, negative)
-        assert attachment.runs[-1].result["calls"] == [[1, 1, 1, 1]] * 2
+        assert attachment.last.result["calls"] == [[1, 1, 1, 1]] * 2
 
 
 def test_controlnet_residuals_come_after_the_steering(world: Any, family: str, build: Any) -> None:
@@ -310,33 +313,31 @@ def test_controlnet_residuals_come_after_the_steering(world: Any, family: str, b
     assert torch.equal(world.sample(idle, prompt, negative), plain)
     steered, attachment = patching.attach(model, build())
     assert not torch.equal(world.sample(steered, prompt, negative), plain)
-    assert not attachment.runs[-1].problems
+    assert not attachment.last.problems
 
 
 def test_queued_again_it_does_the_same(world: Any, family: str, build: Any) -> None:
-    prompts = iter(["a", "a", "b"])
     model = world.model(family)
-    steered, attachment = patching.attach(model, build(), run_of=lambda: (next(prompts), "7"))
+    steered, attachment = patching.attach(model, build())
     first = sample(world, steered)
+    said = attachment.last.result
     assert torch.equal(sample(world, steered), first)
-    assert [(run.prompt, run.node) for run in attachment.runs] == [("a", "7")] * 2
-    assert torch.equal(sample(world, steered), first)
-    assert [run.prompt for run in attachment.runs] == ["b"]
+    assert attachment.last.result == said and attachment.last.finished
 
 
 def test_one_model_serves_samplers_of_other_sizes(world: Any, family: str, build: Any) -> None:
     steered, attachment = patching.attach(world.model(family), build(EVERYWHERE[family]))
     for images, size, steps in ((1, 8, 4), (3, 12, 2), (2, 10, 1)):
         assert sample(world, steered.clone(), images=images, size=size, steps=steps).shape[0] == images
-        result = attachment.runs[-1].result
+        result = attachment.last.result
         assert len(result["sigmas"]) == steps
-        assert len(result["map"]) == images and len(result["map"][0]) == (size // 2) ** 2
+        assert attachment.last.map.shape == (images, (size // 2) ** 2)
 
 
 def test_samplers_with_several_evaluations_a_step(world: Any, family: str, build: Any) -> None:
     steered, attachment = patching.attach(world.model(family), build())
     sample(world, steered, sampler="heun")
-    run = attachment.runs[-1]
+    run = attachment.last
     assert (run.steps, run.evaluations) == (4, 7)
     assert run.result["calls"] == [[1] * 7]
     assert run.result["sigmas"] == pytest.approx([1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25])
@@ -345,9 +346,9 @@ def test_samplers_with_several_evaluations_a_step(world: Any, family: str, build
 def test_the_window_is_in_noise_levels(world: Any, family: str, build: Any) -> None:
     steered, attachment = patching.attach(world.model(family), build(window=(0.75, 0.5), harmful=24))
     sample(world, steered)
-    fired = attachment.runs[-1].result["tokens_fired"][0]
+    fired = attachment.last.result["tokens_moved"][0]
     assert [sum(step) > 0 for step in fired] == [False, True, True, False]
-    evidence = [step[0][0] for step in attachment.runs[-1].result["evidence"]]
+    evidence = [step[0][0] for step in attachment.last.result["evidence"]]
     assert evidence[0] == 0 and evidence[1] > 0 and evidence[3] == evidence[2]
 
 
@@ -355,7 +356,7 @@ def test_stop_ends_the_run_at_the_first_step(world: Any, family: str, build: Any
     steered, attachment = patching.attach(world.model(family), build(modes={"weapons": "stop"}))
     with pytest.raises(RiskFound, match=r"weapons found in image 0 .* at step 1 "):
         sample(world, steered)
-    assert attachment.runs[-1].evaluations == 0
+    assert attachment.last.evaluations == 0
     quiet, _ = patching.attach(world.model(family), build(modes={"weapons": "stop"}, threshold=1e9))
     assert sample(world, quiet).isfinite().all()
 
@@ -396,7 +397,7 @@ def test_a_skipped_step_is_refused_or_reported(
         with caplog.at_level(logging.WARNING, "safedig"):
             assert sample(world, model).isfinite().all()
         assert len(caplog.records) == warnings
-        assert len(attachment.runs[-1].problems) == 3
+        assert len(attachment.last.problems) == 3
 
 
 def test_an_overwritten_block_is_refused_or_reported(world: Any, build: Any, family: str) -> None:
@@ -418,7 +419,7 @@ def test_an_overwritten_block_is_refused_or_reported(world: Any, build: Any, fam
                 sample(world, model)
         else:
             assert sample(world, model).isfinite().all()
-            assert len(attachment.runs[-1].problems) == 4
+            assert len(attachment.last.problems) == 4
 
 
 @pytest.mark.parametrize("kind", ["sampler_sample", "predict_noise", "apply_model"])
@@ -432,7 +433,7 @@ def test_removed_wrappers_are_refused_or_reported(world: Any, family: str, build
                 sample(world, model)
         else:
             assert torch.equal(sample(world, model), plain)
-            assert attachment.runs[-1].problems
+            assert attachment.last.problems
 
 
 def test_without_its_guard_the_model_refuses_to_run(world: Any, family: str, build: Any) -> None:
@@ -454,7 +455,7 @@ def test_another_model_under_the_same_wrappers_is_refused(world: Any, family: st
 def test_a_run_without_steps_is_no_fault(world: Any, family: str, build: Any) -> None:
     model, attachment = patching.attach(world.model(family), build())
     assert torch.equal(sample(world, model, steps=0), sample(world, world.model(family), steps=0))
-    assert attachment.runs[-1].evaluations == 0 and not attachment.runs[-1].problems
+    assert attachment.last.evaluations == 0 and not attachment.last.problems
 
 
 def test_the_dictionary_is_a_managed_model(world: Any, family: str, build: Any) -> None:
@@ -485,10 +486,205 @@ class UNetModel(torch.nn.Module):
 def test_models_without_block_hooks_are_refused_by_name(kind: type) -> None:
     model = SimpleNamespace(get_model_object=lambda name: kind())
     with pytest.raises(ValueError, match=rf"This model \({kind.__name__}\) can't be steered: .+\."):
-        patching.architecture_of(model)
+        attachment_module.architecture_of(model)
 
 
 def test_a_dictionary_for_another_model_is_refused(world: Any, family: str, build: Any) -> None:
     other = {"flux": "sd3", "sd3": "flux"}[family]
     with pytest.raises(ValueError, match=r"safetensors: made for a .* doesn't fit this .*"):
         patching.attach(world.model(other), build())
+
+
+AREA, OTHER_AREA = (4, 8, 0, 0), (4, 8, 4, 0)  # height, width, top and left, in latents
+REGIONS = {  # areas of the positive prompts, areas of the negative one, rows that are the positive prompt's
+    "positive": ([AREA], [None], 1),
+    "positive beside a whole one": ([None, AREA], [None], 2),
+    "two positives": ([AREA, OTHER_AREA], [None], 2),
+    "negative": ([None], [AREA], 2),
+    "negative beside a whole one": ([None], [None, AREA], 2),
+    "both, alike": ([AREA], [AREA], 1),
+    "both, apart": ([AREA], [OTHER_AREA], 1),
+}
+
+
+def regional(world: Any, areas: list, seed: int) -> list:
+    return [
+        world.prompt(seed + i, **({} if area is None else {"area": area})) for i, area in enumerate(areas)
+    ]
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one pass", "a pass each"])
+@pytest.mark.parametrize("layout", REGIONS)
+def test_every_part_of_a_regional_prompt_is_steered(
+    world: Any, family: str, build: Any, layout: str, together: bool
+) -> None:
+    """ComfyUI copies what covers an area into the other list, with its uuid: no name of a branch."""
+    positive, negative, rows = REGIONS[layout]
+    prompts = regional(world, positive, 1), regional(world, negative, 99)
+    model, calls = world.model(family), {}
+    plain = world.sample(model, *prompts, together=together)
+    for branch in ("positive", "negative", "both"):
+        steered, attachment = patching.attach(model, build(), branch=branch)
+        out = world.sample(steered, *prompts, together=together)
+        assert not torch.equal(out, plain)
+        calls[branch] = sum(attachment.last.result["calls"][0])
+        assert not attachment.last.problems
+    if layout != "both, apart":  # there, which of both gets a partner is ComfyUI's business
+        assert calls["positive"] == 4 * rows
+    assert calls["positive"] + calls["negative"] == calls["both"]
+
+
+def test_prompts_that_take_turns_are_all_steered(world: Any, family: str, build: Any) -> None:
+    turns = [world.prompt(1, **early(world)), world.prompt(2, **late(world))]
+    steered, attachment = patching.attach(world.model(family), build())
+    world.sample(steered, turns)
+    assert attachment.last.result["calls"] == [[1, 1, 1, 1]] and not attachment.last.problems
+
+
+def test_a_prompt_that_ends_early_is_told_by_its_cause(world: Any, family: str, build: Any) -> None:
+    steered, attachment = patching.attach(world.model(family), build(), policy="warn")
+    world.sample(steered, [world.prompt(1, **early(world))])
+    assert attachment.last.problems and "range of timesteps" in attachment.last.problems[0]
+    steered, _ = patching.attach(world.model(family), build())
+    with pytest.raises(NotSteered, match="without a forward pass of the positive prompt"):
+        world.sample(steered, [world.prompt(1, **early(world))])
+
+
+def early(world: Any) -> dict:
+    """Of a prompt for the first half of the noise levels, as each world says it."""
+    return {"timestep_end": 0.6} if world.name == "stand-in" else {"start_percent": 0.0, "end_percent": 0.4}
+
+
+def late(world: Any) -> dict:
+    return {"timestep_start": 0.6} if world.name == "stand-in" else {"start_percent": 0.4, "end_percent": 1.0}
+
+
+@pytest.mark.parametrize("policy", ["block", "warn"])
+def test_a_prompt_that_goes_by_the_wrappers_is_noticed(
+    world: Any, family: str, build: Any, policy: str
+) -> None:
+    """A node that runs one of two prompts itself, where no wrapper sees it."""
+
+    def aside(executor: Any, model: Any, conds: list, x: torch.Tensor, sigma: Any, options: dict):
+        kept = [group[:1] for group in conds]
+        return executor(model, kept, x, sigma, options)
+
+    model, attachment = patching.attach(world.model(family), build(), policy=policy)
+    model.add_wrapper_with_key("calc_cond_batch", "aside", aside)
+    prompts = [world.prompt(PROMPT), world.prompt(OTHER)]
+    if policy == "block":
+        with pytest.raises(NotSteered, match=r"step 1: 1 parts of the prompt went by the model.*aside"):
+            world.sample(model, prompts)
+        assert not attachment.last.finished
+    else:
+        world.sample(model, prompts)
+        assert len(attachment.last.problems) == 4 and attachment.last.finished
+
+
+@pytest.mark.parametrize("policy", ["block", "warn"])
+def test_a_batch_that_something_cut_is_told(world: Any, family: str, build: Any, policy: str) -> None:
+    def halves(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.cat([cut(executor, part, x, t, args, kwargs) for part in (slice(0, 3), slice(3, None))])
+
+    def cut(executor: Any, part: slice, x: torch.Tensor, t: torch.Tensor, args: tuple, kwargs: dict) -> Any:
+        """The same call for some rows; what goes along by row is cut with them."""
+        few = [a[part] if isinstance(a, torch.Tensor) and len(a) == len(x) else a for a in args]
+        named = {
+            k: a[part] if isinstance(a, torch.Tensor) and len(a) == len(x) else a for k, a in kwargs.items()
+        }
+        return executor(x[part], t[part], *few, **named)
+
+    model, attachment = patching.attach(world.model(family), build(), policy=policy)
+    model.add_wrapper_with_key("apply_model", "halves", halves)
+    if policy == "block":
+        with pytest.raises(
+            NotSteered, match="3 rows for 2 prompts, where the run began with 2 images.*halves"
+        ):
+            sample(world, model, images=2)
+    else:
+        plain = world.model(family)
+        plain.add_wrapper_with_key("apply_model", "halves", halves)
+        assert torch.equal(sample(world, model, images=2), sample(world, plain, images=2))
+        assert attachment.last.problems
+
+
+def test_two_threads_on_one_attachment_are_refused(world: Any, family: str, build: Any) -> None:
+    steered, attachment = patching.attach(world.model(family), build())
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        inside.set()
+        assert go_on.wait(60)
+        return executor(*args, **kwargs)
+
+    held = steered.clone()
+    held.add_wrapper_with_key("sampler_sample", "hold", hold)
+    expected = sample(world, patching.attach(world.model(family), build())[0])
+    with ThreadPoolExecutor(1) as pool, torch.inference_mode():
+        first = pool.submit(lambda: torch.inference_mode()(sample)(world, held))
+        assert inside.wait(60)
+        with pytest.raises(NotSteered, match="being sampled already"):
+            sample(world, steered)
+        go_on.set()
+        assert torch.equal(first.result(60), expected)
+    assert torch.equal(sample(world, steered), expected) and attachment.last.finished
+
+
+def test_a_sampler_within_the_sampler_is_refused(world: Any, family: str, build: Any) -> None:
+    steered, attachment = patching.attach(world.model(family), build())
+
+    def again(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        sample(world, steered)
+        return executor(*args, **kwargs)
+
+    outer = steered.clone()
+    outer.add_wrapper_with_key("sampler_sample", "again", again)
+    with pytest.raises(NotSteered, match="being sampled already"):
+        sample(world, outer)
+    assert sample(world, steered).isfinite().all() and attachment.last.finished
+
+
+def test_a_forward_pass_in_another_thread_is_refused(world: Any, family: str, build: Any) -> None:
+    def elsewhere(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(lambda: torch.inference_mode()(executor)(*args, **kwargs)).result()
+
+    steered, _ = patching.attach(world.model(family), build(), policy="off")
+    steered.add_wrapper_with_key("calc_cond_batch", "elsewhere", elsewhere)
+    with pytest.raises(NotSteered, match="called from another thread"):
+        sample(world, steered)
+
+
+@pytest.mark.parametrize("policy", ["block", "warn"])
+def test_a_picture_that_is_not_finite_is_an_error(world: Any, family: str, build: Any, policy: str) -> None:
+    def overflow(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        return executor(*args, **kwargs) * float("nan")
+
+    model, attachment = patching.attach(world.model(family), build(), policy=policy)
+    model.add_wrapper_with_key("sampler_sample", "overflow", overflow)
+    if policy == "block":
+        with pytest.raises(NotSteered, match="numbers that are not finite"):
+            sample(world, model)
+    else:
+        sample(world, model)
+    assert "not finite" in attachment.last.problems[-1]
+
+
+@pytest.mark.parametrize("fault", ["interrupt", "error in a block", "stop"])
+def test_a_run_that_ended_early_is_not_finished(world: Any, family: str, build: Any, fault: str) -> None:
+    steering = build(modes={"weapons": "stop"}) if fault == "stop" else build()
+    steered, attachment = patching.attach(world.model(family), steering)
+    ended = steered.clone()
+
+    def end(executor: Any, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if sigma[0] < 0.6:
+            raise RuntimeError(fault)
+        return executor(x, sigma, *args, **kwargs)
+
+    ended.add_wrapper_with_key("predict_noise", "end", end)
+    with pytest.raises(RuntimeError):
+        sample(world, ended)
+    assert not attachment.last.finished
+    if fault != "stop":
+        sample(world, steered)
+        assert attachment.last.finished

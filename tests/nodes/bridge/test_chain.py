@@ -20,13 +20,14 @@ chain = pack_module("nodes.bridge.chain")
 work = pack_module("nodes.bridge.workspace")
 host_module = pack_module("nodes.bridge.host")
 PromptPair = pack_module("safedig_core.prompts").PromptPair
-Recipe = pack_module("safedig_core.chain").Recipe
+recipe_module = pack_module("safedig_core.recipe")
+Recipe, Credits = recipe_module.Recipe, recipe_module.Credits
 TrainSettings = pack_module("safedig_core.training").TrainSettings
 Action = pack_module("safedig_core.dictionary.dictionary").Action
 
 POSITIONS = ["double.1.img", "text"]
 RECIPE = Recipe(train=TrainSettings(features=32, k=4, steps=50, batch=64, warmup=5), specificity=0.1)
-LABEL = chain.Label("a title", "me")
+CREDITS = Credits("a title", "me")
 
 
 def pairs(start: int, count: int) -> list[Any]:
@@ -151,7 +152,7 @@ def train(captured: Any, progress: Any = None, **changes: Any) -> Any:
         "source": "weapons",
         "calibration": pairs(50, 3),
         "recipe": RECIPE,
-        "label": LABEL,
+        "credits": CREDITS,
     }
     with torch.inference_mode():  # as nodes are executed
         return chain.train(captured, progress=progress or Progress(), **(given | changes))[0]
@@ -173,7 +174,7 @@ def test_an_interrupted_training_goes_on_where_it_was(capture: Any, tmp_path: Pa
     assert dictionary.card.title == "a title" and dictionary.card.domains["weapons"].gate is not None
     again = Progress(lambda *_: True)
     assert train(captured, again).path == dictionary.path and again.seen == []
-    assert train(captured, label=chain.Label("another")).path != dictionary.path
+    assert train(captured, credits=Credits("another")).path != dictionary.path
 
 
 def test_interrupted_while_the_gate_is_calibrated_it_leaves_nothing_unfinished(capture: Any) -> None:
@@ -187,7 +188,7 @@ def test_interrupted_while_the_gate_is_calibrated_it_leaves_nothing_unfinished(c
 def test_one_more_domain(capture: Any) -> None:
     captured, _ = capture()
     dictionary = train(captured)
-    given = (captured, dictionary, "shock", "weapons", pairs(50, 3), RECIPE, LABEL, Progress())
+    given = (captured, dictionary, "shock", "weapons", pairs(50, 3), RECIPE, CREDITS, Progress())
     with torch.inference_mode():
         both, _ = chain.adapt(*given)
         again, _ = chain.adapt(*given[:-1], Progress(lambda *_: True))

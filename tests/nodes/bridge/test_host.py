@@ -16,7 +16,7 @@ from tests.nodes.conftest import pack_module
 from tests.tiny import write_dictionary
 
 host_module = pack_module("nodes.bridge.host")
-capture_module = pack_module("safedig_core.store.capture")
+taps = pack_module("safedig_core.hosts.taps")
 NotSteered = pack_module("nodes.bridge.attachment").NotSteered
 SETTINGS = host_module.SamplerSettings(4, 2.0, "euler", "simple", 64, 64, "a blur")
 PROMPTS = ["a cat and a pistol", "a cat and a book", "a dog"]
@@ -46,7 +46,7 @@ def make(world: Any, family: str, clip: Any = None, **changes: Any) -> Any:
 
 def recorder(positions: list[str], images: int, steps: tuple[int, ...] = (0, 1, 2, 3)) -> Any:
     """A tap that keeps all tokens."""
-    return capture_module.Recorder(
+    return taps.RecordTap(
         {p: (lambda total: torch.arange(total).expand(images, -1)) for p in positions}, steps
     )
 
@@ -85,7 +85,7 @@ class Scale:
     def __init__(self, position: str, factor: float):
         self.positions, self.factor, self.seen = (position,), factor, []
 
-    def begin(self, images: int, steps: int) -> None:
+    def begin(self, images: int, steps: int, device: torch.device) -> None:
         pass
 
     def step(self, index: int, sigma: float, rows: slice) -> None:
@@ -147,7 +147,7 @@ def test_given_conditionings_take_the_place_of_the_clip(world: Any, family: str)
         host.prepare(PROMPTS, given)
     host.prepare(PROMPTS, given, Clip().encode_from_tokens_scheduled("a blur"))
     assert torch.equal(host.sample(PROMPTS, [1, 2, 3]), expected)
-    assert host.identity()["text_encoder"] == "given"
+    assert host.sampler["text_encoder"] == "given"
     with pytest.raises(ValueError, match=r"how to encode 'a cow'"):
         host.sample(["a cow"], [1])
 
@@ -178,7 +178,7 @@ def test_prompts_of_other_guidance_are_kept_apart(world: Any, family: str) -> No
         conditioning[0][1]["guidance"] = guidance
     host = make(world, family)
     host.prepare(PROMPTS, given)
-    assert host.identity()["guidance"] == "3.5"
+    assert host.sampler["guidance"] == "3.5"
     host.sample(PROMPTS[:2], [1, 2])
     with pytest.raises(ValueError, match=r"'a dog' was encoded with other settings"):
         host.sample(PROMPTS, [1, 2, 3])
@@ -208,7 +208,7 @@ def test_a_model_that_is_steered_is_refused(world: Any, family: str, tmp_path: P
     write_dictionary(tmp_path / "d.safetensors", plan, architecture=host.architecture)
     dictionary = pack_module("safedig_core.dictionary.dictionary").Dictionary.open(tmp_path / "d.safetensors")
     steering = pack_module("safedig_core.steering.steering").Steering(dictionary)
-    steered, _ = pack_module("nodes.bridge.attachment").attach(world.model(family), steering)
+    steered, _ = pack_module("nodes.bridge.steered").attach(world.model(family), steering)
     host = host_module.ComfyHost(steered, Clip(), SETTINGS, batch=2)
     with pytest.raises(ValueError, match="This model is steered: connect it as it is before"):
         host.sample(PROMPTS, [1, 2, 3], recorder(["text"], 3))

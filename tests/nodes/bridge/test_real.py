@@ -15,7 +15,7 @@ from tests.nodes import real
 from tests.nodes.conftest import pack_module
 from tests.tiny import TINY, write_dictionary
 
-patching = pack_module("nodes.bridge.attachment")
+patching = pack_module("nodes.bridge.steered")
 POSITIONS = ["text", "double.1.img", "single.0.txt"]
 
 
@@ -53,7 +53,7 @@ def test_a_lora_may_come_before_or_after(world: real.World, steering: Any) -> No
     after.add_patches(lora, 1.0)
     assert torch.equal(sample(world, after), first)
     assert not torch.equal(first, with_lora) and not torch.equal(first, without)
-    assert not attachment.runs[-1].problems
+    assert not attachment.last.problems
 
 
 @pytest.mark.parametrize("compile_first", [True, False])
@@ -81,7 +81,7 @@ def test_torch_compile(world: real.World, steering: Any, compile_first: bool) ->
         steered = compiled(steered)
     for _ in range(2):
         torch.testing.assert_close(sample(world, steered), expected)
-        assert attachment.runs[-1].result["calls"] == [[1] * 4] * 3
+        assert attachment.last.result["calls"] == [[1] * 4] * 3
     if compile_first:
         return
     torch.testing.assert_close(sample(world, compiled(model)), plain)
@@ -115,6 +115,5 @@ def test_stock_loaders_find_the_family(world: real.World, tmp_path: Path) -> Non
 
     state = world.model("sd3").model.diffusion_model.state_dict()
     model = comfy.sd.load_diffusion_model_state_dict({k: v.clone() for k, v in state.items()})
-    assert (
-        patching.architecture_of(model).describe() == "sd3 model (2 joint blocks, width 128, text width 16)"
-    )
+    found = pack_module("nodes.bridge.models").architecture_of(model)
+    assert found.describe() == "sd3 model (2 joint blocks, width 128, text width 16)"
