@@ -325,7 +325,7 @@ def signature(nodes: dict[str, dict], name: str) -> str:
 # What is wrong.
 
 
-def claim(report: dict[str, Any], picture: int, pictures: int) -> str:
+def claim(report: dict[str, Any], picture: int) -> str:
     """What a receipt says of one of its pictures: STEERED, CLEAR (as it would be without), or TOLD (not
     steered as planned, not looked at)."""
     if not report["as_planned"] or re.search(r"\bnot (steered|looked)", report["verdict"]):
@@ -403,10 +403,11 @@ def disagreements(graph: Graph, ran: Ran, plain: Ran) -> list[str]:
 
 
 def of_pictures(graph: Graph, report: dict, pictures: Tensor, without: Tensor) -> Iterator[str]:
-    claims = [claim(report, i, len(pictures)) for i in range(len(pictures))]
+    claims = [claim(report, i) for i in range(len(pictures))]
+    unsure = report["one_of_several"] and not same(pictures, without)  # then it speaks of any of them
     for i, said in enumerate(claims):
         unchanged = same(pictures[i], without[i])
-        if said == STEERED and unchanged:
+        if said == STEERED and unchanged and not unsure:
             yield f"'{report['verdict']}', but picture {i + 1} is the one without Apply"
         if said == CLEAR and not unchanged:
             yield f"'{report['verdict']}', but picture {i + 1} is another than without Apply"
@@ -426,15 +427,17 @@ def of_pictures(graph: Graph, report: dict, pictures: Tensor, without: Tensor) -
 
 def of_rows(graph: Graph, report: dict, samplers: dict[str, list[dict]], pictures: int) -> Iterator[str]:
     """Where the receipt says that all went as planned, compares its counts with what was observed."""
-    if claim(report, 0, pictures) == TOLD or graph.unseen:
+    if claim(report, 0) == TOLD or graph.unseen:
         return
     if len(report["pictures"]) != pictures:
         yield f"it speaks of {len(report['pictures'])} pictures, and was given {pictures}"
     if not samplers:
         yield "no sampler made these pictures"
+    for node in {run["sampler_node"] for run in report["runs"]} - samplers.keys():
+        yield f"it has a run of {node}, which did not make these pictures"
     branch = report["branch"]
     for node, passes in samplers.items():
-        runs = [run for run in report["runs"] if run["sampler_node"].split(".")[0] == node]
+        runs = [run for run in report["runs"] if run["sampler_node"] == node]
         if not runs:
             yield f"it has no run of {node}, which made these pictures"
             continue

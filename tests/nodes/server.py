@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,13 @@ ROOT = Path(__file__).parents[2]
 class Server:
     """ComfyUI on the CPU with this pack, a pack of test nodes, and a base folder of its own."""
 
-    def __init__(self, comfyui: Path, base: Path, environment: dict[str, str] | None = None):
+    def __init__(
+        self,
+        comfyui: Path,
+        base: Path,
+        environment: dict[str, str] | None = None,
+        arguments: Sequence[str] = (),
+    ):
         self.base, self.log = base, base / "server.log"
         packs = base / "custom_nodes"
         for folder in (packs, base / "models" / "safedig", base / "input", base / "output"):
@@ -33,7 +39,7 @@ class Server:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "main.py", "--cpu", "--disable-api-nodes", "--port", str(port)]
-        command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
+        command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:", *arguments]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command,

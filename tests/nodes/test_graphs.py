@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
+from tests.hub.hub_server import FakeHub
 from tests.nodes.graph_check import Graph, Runner, faults, write_files
-from tests.nodes.graphs import GRAPHS
+from tests.nodes.graphs import GRAPHS, KEEPING
 from tests.nodes.server import Server
 
 
 @pytest.fixture(scope="module")
-def runner(server: Server) -> Runner:
+def runner(comfyui: Path, fake_hub: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    server = Server(comfyui, tmp_path_factory.mktemp("graphs"), fake_hub.environment(), KEEPING)
     write_files(server.base)
-    return Runner(server)
+    try:
+        server.wait()
+        yield Runner(server)
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize("graph", GRAPHS, ids=str)

@@ -174,6 +174,13 @@ def tiles(model: Any, positive: Any, negative: Any, latent: dict, seed: int) -> 
     return {"samples": torch.cat([_sample(model, positive, negative, half, seed) for half in halves], -1)}
 
 
+@node([*SAMPLING, io.Model.Input("refiner")], [io.Latent.Output()])
+def base_and_refiner(model: Any, positive: Any, negative: Any, latent: dict, seed: int, refiner: Any) -> Any:
+    """Samples with one model, and goes over it with another."""
+    first = _sample(model, positive, negative, latent["samples"], seed)
+    return {"samples": _sample(refiner, positive, negative, first, seed, denoise=0.5)}
+
+
 @node([*SAMPLING, io.Conditioning.Input("other")], [io.Latent.Output(), io.Latent.Output()])
 def threads(model: Any, positive: Any, negative: Any, latent: dict, seed: int, other: Any) -> Any:
     """Two samplings of one model at once, step by step side by side."""
@@ -264,12 +271,19 @@ def compile_eagerly(model: Any) -> Any:
     return model
 
 
-@node([*MODEL["inputs"], io.Combo.Input("rows", options=["positive", "last positive"])], MODEL["outputs"])
+@node(
+    [*MODEL["inputs"], io.Combo.Input("rows", options=["positive", "last positive", "again"])],
+    MODEL["outputs"],
+)
 def go_around(model: Any, rows: str) -> Any:
-    """Gives some rows of the batch to the transformer itself, past every wrapper."""
+    """Gives some rows of the batch to the transformer itself, past every wrapper; or all of them, after
+    they went the usual way."""
 
     def function(apply_model: Any, args: dict) -> Tensor:
         kinds, c = args["cond_or_uncond"], args["c"]
+        if rows == "again":
+            apply_model(args["input"], args["timestep"], **c)
+            return apply_model.__self__._apply_model(args["input"], args["timestep"], **c)
         positive = [i for i, kind in enumerate(kinds) if kind == 0]
         around = positive if rows == "positive" else positive[-1:] if len(positive) > 1 else []
         size, outs = len(args["input"]) // len(kinds), []
