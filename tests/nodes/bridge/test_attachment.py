@@ -42,7 +42,8 @@ def build(tmp_path: Path, family: str):
         positions: list[str] | None = None, *, strength: float = 1.0, form: str = "residual", **options: Any
     ):
         names = positions or [BLOCK[family]]
-        written = {k: options.pop(k) for k in ("threshold", "domains", "harmful") if k in options}
+        of_file = ("threshold", "gate_window", "domains", "harmful")
+        written = {k: options.pop(k) for k in of_file if k in options}
         window = options.pop("window", (1.0, 0.0))
         plan = [Action(p, "repel", form, strength, window) for p in names]
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
@@ -343,13 +344,16 @@ def test_samplers_with_several_evaluations_a_step(world: Any, family: str, build
     assert run.result["sigmas"] == pytest.approx([1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25])
 
 
-def test_the_window_is_in_noise_levels(world: Any, family: str, build: Any) -> None:
-    steered, attachment = patching.attach(world.model(family), build(window=(0.75, 0.5), harmful=24))
+def test_windows_are_in_noise_levels(world: Any, family: str, build: Any) -> None:
+    """It acts in the plan's window, and looks in the gate's."""
+    steering = build(window=(0.5, 0.25), gate_window=(0.75, 0.5), harmful=24)
+    steered, attachment = patching.attach(world.model(family), steering)
     sample(world, steered)
-    fired = attachment.last.result["tokens_moved"][0]
-    assert [sum(step) > 0 for step in fired] == [False, True, True, False]
+    moved = attachment.last.result["tokens_moved"][0]
+    assert [sum(step) > 0 for step in moved] == [False, False, True, True]
     evidence = [step[0][0] for step in attachment.last.result["evidence"]]
     assert evidence[0] == 0 and evidence[1] > 0 and evidence[3] == evidence[2]
+    assert attachment.last.result["images"][0]["weapons"]["looked"] == 2
 
 
 def test_stop_ends_the_run_at_the_first_step(world: Any, family: str, build: Any) -> None:
