@@ -13,7 +13,7 @@ whether another node set it before or after. Four wrappers, from the outside in:
     APPLY_MODEL     forward   one forward pass: which rows the tap is given, the text, the hooks
 
 For the length of a run, a tripwire stands in the first block's place, and tells of a pass that went past
-these wrappers.
+these wrappers; and what comes after guidance is looked at, as guidance may paint the other prompt.
 
 What one run needs while it goes on is a `Sampling`, what is left of it a `Record` in the ledger.
 """
@@ -132,7 +132,7 @@ class Attachment:
         self._sampling = sampling = Sampling(record, _others(executor.class_obj.model_options))
         try:
             self._check_before(executor.class_obj)
-            self._stretch_tripwire(executor.class_obj.model_options["transformer_options"])
+            self._watch(executor.class_obj.model_options)
             out = executor(noise, latent, sampler, sigmas, *args, **kwargs)
             if record.steps > 0 and record.evaluations == 0:
                 self._problem(f"the sampler never called the model in {record.steps} steps")
@@ -233,12 +233,28 @@ class Attachment:
                 hooks.setdefault(FIRST_BLOCK, _BlockHook(self, False))
         return hooks
 
-    def _stretch_tripwire(self, options: dict) -> None:
-        """Around the first block, in the options of this run alone."""
+    def _watch(self, model_options: dict) -> None:
+        """Puts the tripwire around the first block, and the look at guidance last, for this run alone."""
+        options = model_options["transformer_options"]
         replaced = options.get("patches_replace", {})
         blocks = replaced.get("dit", {})
         wire = _Tripwire(self, blocks.get(FIRST_BLOCK))
         options["patches_replace"] = {**replaced, "dit": {**blocks, FIRST_BLOCK: wire}}
+        after = model_options.get("sampler_post_cfg_function", [])
+        model_options["sampler_post_cfg_function"] = [*after, self._check_guidance]
+
+    def _check_guidance(self, args: dict) -> Tensor:
+        """That guidance leads away from the prompt that isn't the tap's. Under 1 it leads towards it: at 0
+        the picture is that prompt's alone."""
+        scale, other = args["cond_scale"], args["uncond"]
+        sampling = self._sampling
+        if sampling is not None and self.branch == "positive" and other and scale < 1 - 1e-6:
+            if not all(self._is_steered(sampling.group_of(cond["uuid"])) for cond in other):
+                self._problem(
+                    f"with guidance of {scale:g} the negative prompt is painted too: take 1 or more, or set "
+                    "the branch to 'both'"
+                )
+        return args["denoised"]
 
     def _given_rows(self, sampling: Sampling, x: Tensor, options: dict) -> list[slice]:
         """The rows of each part of the batch that is the tap's, one part per conditioning."""
