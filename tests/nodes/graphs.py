@@ -396,13 +396,6 @@ def reference_latents(b: Build) -> None:
     b.simple(positive=b.add("ReferenceLatent", conditioning=b.text("risky"), latent=b.latent(1, 96, 64)))
 
 
-@graph(STEERED)
-def reference_latents_with_cached_keys(b: Build) -> None:
-    cached = b.add("FluxKVCache", model=b.model())
-    reference = b.add("ReferenceLatent", conditioning=b.text("risky"), latent=b.latent(1, 96, 64))
-    b.show(b.sampled(b.steered(cached), positive=reference, cfg=1.0, latent_image=b.latent(1)))
-
-
 # Samplers, guiders and schedules.
 
 SAMPLERS = (
