@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .bridge.steered import SteeringAttachment
 
 FORMAT = 2
+_TOLD = ("status", "evidence", "threshold", "looked", "found_at_step")  # of a domain, per picture
 # of several statuses of one domain, the one to tell: the first of these
 _FIRST = (
     "steered",
@@ -89,10 +90,13 @@ class Origin:
 
 def origin_of(receipt: SteeringAttachment, now: Execution, pictures: int) -> Origin:
     """Traces the pictures that this node is given in the prompt that ComfyUI executes."""
-    from .bridge.ledger import LEDGER, makers
+    from .bridge.ledger import LEDGER, makers, other_models, ran_anew
 
     def runs_of(node: str) -> list[Record]:
-        return LEDGER.runs_of(receipt.key, now.prompt, node)
+        runs = LEDGER.runs_of(receipt.key, now.prompt, node)
+        if ran_anew(now, node):  # then what it gave before is not what it has given now
+            return [run for run in runs if run.execution.prompt_id == now.prompt_id]
+        return runs
 
     made = makers(now.prompt, now.node, "images", lambda node: bool(runs_of(node)))
 
@@ -101,22 +105,32 @@ def origin_of(receipt: SteeringAttachment, now: Execution, pictures: int) -> Ori
         unsteered: list[str] = []
         for node in samplers:
             runs = runs_of(node)
-            if not made.regrouped:  # this execution's item of a list; ComfyUI repeats the last one
-                last = max((run.execution.item for run in runs), default=0)
-                runs = [run for run in runs if run.execution.item == min(now.item, last)]
-            if runs and all(run.finished for run in runs):
-                steered += runs
+            if not made.regrouped:  # of a list, this execution's item
+                runs = [run for run in runs if run.execution.item == now.item]
+            others = other_models(now.prompt, node, receipt.key.split()[0])
+            if not runs or not all(run.finished for run in runs):
+                unsteered.append(_named(now, node))
+            elif others:
+                unsteered.append(f"{_named(now, node)}, whose {' and '.join(others)} is not steered")
             else:
-                unsteered.append(f"node {node} ({now.prompt[node]['class_type']})")
+                steered += runs
         return steered, unsteered
 
     runs, unsteered = split(made.nearest)
     before, unsteered_before = split(made.earlier)
     if not made.nearest:
         unsteered.append("no sampler made it")
+    elif made.loaded:
+        unsteered += [f"{_named(now, node)}, which no sampler made" for node in made.loaded]
+    elif made.regrouped and sum(run.images for run in runs) < now.item + pictures:
+        unsteered.append("there are more pictures than its runs made")
     fits = bool(runs) and all(run.images == pictures for run in runs)
-    in_order = fits and len(made.nearest) == 1 and not made.regrouped
+    in_order = fits and not made.regrouped and (made.in_place or (pictures == 1 and len(made.nearest) == 1))
     return Origin(runs, before, unsteered, unsteered_before, in_order)
+
+
+def _named(now: Execution, node: str) -> str:
+    return f"node {node} ({now.prompt.get(node, {}).get('class_type', 'unknown')})"
 
 
 def report_of(receipt: SteeringAttachment, found: Origin, pictures: list[str]) -> dict[str, Any]:
@@ -128,7 +142,8 @@ def report_of(receipt: SteeringAttachment, found: Origin, pictures: list[str]) -
     if plain and receipt.policy == "block":
         raise NotSteered(
             f"{receipt.name}: this picture was not steered by it: {', '.join(plain)}. Connect its model "
-            "output to every sampler that the picture comes from, or set the policy to 'warn'."
+            "output to every sampler that the picture comes from, put the receipt before what mixes it with "
+            "other pictures, or set the policy to 'warn'."
         )
     runs = [_run(record) for record in (*found.before, *found.runs)]
     problems = [problem for run in runs for problem in run["problems"]]
@@ -197,7 +212,7 @@ def _domains(
         for domains in run["images"][image : image + 1] if known else run["images"]:
             for name, entry in domains.items():
                 if name not in found or _rank(entry) < _rank(found[name]):
-                    found[name] = {k: entry[k] for k in ("status", "evidence", "threshold", "found_at_step")}
+                    found[name] = {k: entry[k] for k in _TOLD}
     return found
 
 
@@ -247,7 +262,12 @@ def _percent(share: float) -> str:
 
 def _found(domain: str, entry: dict[str, Any]) -> str:
     evidence, threshold = entry["evidence"], entry["threshold"]
-    measure = "evidence not finite" if evidence is None else f"evidence {evidence:.2f}"
-    measure += f" of {threshold:.2f}" if threshold is not None else ", no gate"
+    if threshold is None:
+        measure = "no gate"
+    elif not entry["looked"]:
+        measure = "no evidence was read"
+    else:
+        measure = "evidence not finite" if evidence is None else f"evidence {evidence:.2f}"
+        measure += f" of {threshold:.2f}"
     when = "" if entry["found_at_step"] is None else f" from step {entry['found_at_step'] + 1} on"
     return f"{domain} {entry['status']}{when} ({measure})"

@@ -12,6 +12,9 @@ whether another node set it before or after. Four wrappers, from the outside in:
     PREDICT_NOISE   evaluate  one evaluation of the model: the step that the receipt counts
     APPLY_MODEL     forward   one forward pass: which rows the tap is given, the text, the hooks
 
+For the length of a run, a tripwire stands in the first block's place, and tells of a pass that went past
+these wrappers; and what comes after guidance is looked at, as guidance may paint the other prompt.
+
 What one run needs while it goes on is a `Sampling`, what is left of it a `Record` in the ledger.
 """
 
@@ -44,6 +47,7 @@ OUTER_SAMPLE, SAMPLER_SAMPLE = "outer_sample", "sampler_sample"
 PREDICT_NOISE, APPLY_MODEL = "predict_noise", "apply_model"
 # evaluations that a run has room for, per step: heun and its like take two, seeds_3 three
 EVALUATIONS_A_STEP = 3
+FIRST_BLOCK = ("double_block", 0)  # of every family
 
 
 class NotSteered(RuntimeError):
@@ -128,6 +132,7 @@ class Attachment:
         self._sampling = sampling = Sampling(record, _others(executor.class_obj.model_options))
         try:
             self._check_before(executor.class_obj)
+            self._watch(executor.class_obj.model_options)
             out = executor(noise, latent, sampler, sigmas, *args, **kwargs)
             if record.steps > 0 and record.evaluations == 0:
                 self._problem(f"the sampler never called the model in {record.steps} steps")
@@ -205,11 +210,12 @@ class Attachment:
             hook.earlier = blocks.get(key)
             blocks[key] = hook
         options["patches_replace"] = {**replaced, "dit": blocks}
+        sampling.inside = True
         try:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         finally:
             options["patches_replace"] = replaced
-            sampling.rows = []
+            sampling.rows, sampling.inside = [], False
 
     # What they share.
 
@@ -224,8 +230,31 @@ class Attachment:
             key = ("single_block" if single else "double_block", position.index)
             hooks.setdefault(key, _BlockHook(self, single)).streams[position.stream] = name
             if single:  # where nothing else tells it, a double block tells where the text ends
-                hooks.setdefault(("double_block", 0), _BlockHook(self, False))
+                hooks.setdefault(FIRST_BLOCK, _BlockHook(self, False))
         return hooks
+
+    def _watch(self, model_options: dict) -> None:
+        """Puts the tripwire around the first block, and the look at guidance last, for this run alone."""
+        options = model_options["transformer_options"]
+        replaced = options.get("patches_replace", {})
+        blocks = replaced.get("dit", {})
+        wire = _Tripwire(self, blocks.get(FIRST_BLOCK))
+        options["patches_replace"] = {**replaced, "dit": {**blocks, FIRST_BLOCK: wire}}
+        after = model_options.get("sampler_post_cfg_function", [])
+        model_options["sampler_post_cfg_function"] = [*after, self._check_guidance]
+
+    def _check_guidance(self, args: dict) -> Tensor:
+        """That guidance leads away from the prompt that isn't the tap's. Under 1 it leads towards it: at 0
+        the picture is that prompt's alone."""
+        scale, other = args["cond_scale"], args["uncond"]
+        sampling = self._sampling
+        if sampling is not None and self.branch == "positive" and other and scale < 1 - 1e-6:
+            if not all(self._is_steered(sampling.group_of(cond["uuid"])) for cond in other):
+                self._problem(
+                    f"with guidance of {scale:g} the negative prompt is painted too: take 1 or more, or set "
+                    "the branch to 'both'"
+                )
+        return args["denoised"]
 
     def _given_rows(self, sampling: Sampling, x: Tensor, options: dict) -> list[slice]:
         """The rows of each part of the batch that is the tap's, one part per conditioning."""
@@ -347,6 +376,7 @@ class Sampling:
         self.called: dict[str, int] = {}
         self.passed: set[object] = set()  # conditionings that went through the model
         # of one forward pass
+        self.inside = False  # it is on its way through our wrapper
         self.rows: list[slice] = []
         self.tokens = 0
         self.text_tokens: int | None = None
@@ -360,6 +390,19 @@ class Sampling:
     def group_of(self, uid: object) -> str:
         """The name of a conditioning's group; empty for one that no guider has."""
         return next((n for n, group in self.groups.items() if any(c["uuid"] == uid for c in group)), "")
+
+
+class _Tripwire:
+    """Stands in for one block, calls what stood there, and tells of a pass that our wrapper didn't see."""
+
+    def __init__(self, attachment: Attachment, earlier: Callable[[dict, dict], dict] | None):
+        self._attachment, self._earlier = attachment, earlier
+
+    def __call__(self, args: dict, extra: dict) -> dict:
+        sampling = self._attachment._sampling
+        if sampling is not None and not sampling.inside:
+            self._attachment._problem("a forward pass went past its wrappers, out of SafeDIG's sight")
+        return extra["original_block"](args) if self._earlier is None else self._earlier(args, extra)
 
 
 class _BlockHook:

@@ -26,10 +26,17 @@ _NO_PICTURES = frozenset(
     CLIP_VISION_OUTPUT UPSCALE_MODEL GLIGEN HOOKS HOOK_KEYFRAMES INT FLOAT STRING BOOLEAN COMBO
     SAFEDIG_DICTIONARY SAFEDIG_POSITIONS SAFEDIG_RECEIPT""".split()
 )
+_NO_MODELS = _NO_PICTURES - {"MODEL"} | {"LATENT", "IMAGE"}
 _SAMPLED_WITH = ("MODEL", "GUIDER")
 _PAINTED = ("LATENT", "IMAGE", "*")
+_FOR_THE_SCHEDULE = ("AddNoise",)  # takes a model, and samples nothing
 RECEIPT = "SafeDIGSteeringReceipt"
 _NUMBERED = "SafeDIGApplySteering"  # whose output depends on its own number too
+# every picture of a batch stays in its place there; as in a node that makes pictures of latents
+_IN_PLACE = frozenset(
+    """ImageScale ImageScaleBy ImageScaleToTotalPixels ImageUpscaleWithModel ImageInvert LatentUpscale
+    LatentUpscaleBy""".split()
+) | {RECEIPT}
 _KEPT = 64  # signatures
 
 
@@ -52,6 +59,18 @@ def executing() -> Execution:
     dynamic = get_progress_state().dynprompt
     node = str(dynamic.get_real_node_id(context.node_id))  # of one that was expanded, the node in the prompt
     return Execution(context.prompt_id, node, context.list_index or 0, dynamic.get_original_prompt())
+
+
+def ran_anew(now: Execution, node: str) -> bool:
+    """Whether ComfyUI has run a node for the prompt that it executes, and not taken what it gave before.
+
+    Nodes that are handed on from before are not among those whose progress it counts, unless they are
+    outputs: of these it can't be told.
+    """
+    from comfy_execution.progress import get_progress_state
+
+    of_outputs = getattr(_class_of(now.prompt, node), "OUTPUT_NODE", False)
+    return node in get_progress_state().nodes and not of_outputs
 
 
 def signature(prompt: Prompt, node: str) -> str:
@@ -79,7 +98,7 @@ def _is_link(value: Any) -> bool:
 
 def _plain(value: Any) -> Any:
     """A widget's value: 7 and 7.0 are the same to ComfyUI."""
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @dataclass
@@ -132,6 +151,36 @@ class Ledger:
         return {node: what for node, what in found.items() if what is not None}
 
 
+def other_models(prompt: Prompt, node: str, apply: str) -> list[str]:
+    """The model inputs of a sampler that don't come from the Apply node of this signature."""
+
+    def comes(link: list, seen: set[str]) -> bool:
+        number = str(link[0])
+        if number in seen or _type_of(prompt, link) in _NO_MODELS:
+            return False
+        seen.add(number)
+        if prompt.get(number, {}).get("class_type") == _NUMBERED and signature(prompt, number) == apply:
+            return True
+        return any(comes(into, seen) for into in _links(prompt, number).values())
+
+    models = {k: v for k, v in _links(prompt, node).items() if _type_of(prompt, v) == "MODEL"}
+    return [name for name, link in models.items() if not comes(link, set())]
+
+
+def _links(prompt: Prompt, node: str) -> dict[str, list]:
+    return {name: v for name, v in prompt.get(node, {}).get("inputs", {}).items() if _is_link(v)}
+
+
+def _type_of(prompt: Prompt, link: list) -> str:
+    types = getattr(_class_of(prompt, str(link[0])), "RETURN_TYPES", ())
+    return str(types[link[1]]) if link[1] < len(types) else "*"
+
+
+def _class_of(prompt: Prompt, node: str) -> Any:
+    classes = sys.modules["nodes"].NODE_CLASS_MAPPINGS  # ComfyUI's own module of that name
+    return classes.get(prompt.get(node, {}).get("class_type", ""))
+
+
 def _touch(entries: OrderedDict, key: Any) -> None:
     entries.move_to_end(key)
     while len(entries) > _KEPT:
@@ -154,41 +203,43 @@ def remind(queued: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Makers:
-    """The samplers that a picture comes from.
+    """What a picture comes from.
 
-    `nearest` are the last ones on each way to it, `earlier` those whose pictures went into these.
+    `nearest` are the last samplers on each way to it, `earlier` those whose pictures went into these, and
+    `loaded` the nodes on the way from `nearest` on that bring in pictures that no sampler made.
     `regrouped`: between samplers and picture, lists were made into batches or the other way round.
+    `in_place`: every picture of the sampler's batch is where it was.
     """
 
     nearest: list[str] = field(default_factory=list)
     earlier: list[str] = field(default_factory=list)
+    loaded: list[str] = field(default_factory=list)
     regrouped: bool = False
+    in_place: bool = True
 
 
 def makers(prompt: Prompt, node: str, given: str, sampled: Callable[[str], bool]) -> Makers:
     """Traces what comes in at the input `given` of a node. `sampled` tells of a node whether a run is known
     of it, where its inputs don't show that it samples."""
-    classes = sys.modules["nodes"].NODE_CLASS_MAPPINGS  # ComfyUI's own module of that name
-
     found = Makers()
 
-    def class_of(number: str) -> Any:
-        return classes.get(prompt.get(number, {}).get("class_type", ""))
-
-    def type_of(link: list) -> str:
-        types = getattr(class_of(str(link[0])), "RETURN_TYPES", ())
-        return str(types[link[1]]) if link[1] < len(types) else "*"
-
-    def links(number: str) -> list[list]:
-        return [value for value in prompt.get(number, {}).get("inputs", {}).values() if _is_link(value)]
+    def name_of(number: str) -> str:
+        return prompt.get(number, {}).get("class_type", "")
 
     def above(number: str) -> list[list]:
-        return [link for link in links(number) if type_of(link) not in _NO_PICTURES]
+        links = _links(prompt, number).values()
+        return [link for link in links if _type_of(prompt, link) not in _NO_PICTURES]
 
     def samples(link: list) -> bool:
         number = str(link[0])
-        painted = type_of(link) in _PAINTED and any(type_of(into) in _SAMPLED_WITH for into in links(number))
-        return painted or sampled(number)
+        into = _links(prompt, number).values()
+        with_model = any(_type_of(prompt, each) in _SAMPLED_WITH for each in into)
+        painted = _type_of(prompt, link) in _PAINTED and name_of(number) not in _FOR_THE_SCHEDULE
+        return (painted and with_model) or sampled(number)
+
+    def keeps_places(link: list, into: list[list]) -> bool:
+        decodes = _type_of(prompt, link) == "IMAGE" and [_type_of(prompt, one) for one in into] == ["LATENT"]
+        return decodes or (name_of(str(link[0])) in _IN_PLACE and len(into) == 1)
 
     first = prompt.get(node, {}).get("inputs", {}).get(given)
     ways, seen = [first] if _is_link(first) else [], set[str]()
@@ -201,10 +252,15 @@ def makers(prompt: Prompt, node: str, given: str, sampled: Callable[[str], bool]
         if samples(link):
             found.nearest.append(number)
             continue
-        kind = class_of(number)
+        into = above(number)
+        if not into and _type_of(prompt, link) in _PAINTED:
+            found.loaded.append(number)
+        kind = _class_of(prompt, number)
         lists = getattr(kind, "INPUT_IS_LIST", False), *(getattr(kind, "OUTPUT_IS_LIST", None) or ())
         found.regrouped |= any(lists)
-        ways += above(number)
+        found.in_place &= keeps_places(link, into)
+        ways += into
+    found.in_place &= len(found.nearest) == 1
     ways = [link for number in found.nearest for link in above(number)]
     while ways:
         link = ways.pop()

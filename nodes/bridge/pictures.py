@@ -31,7 +31,8 @@ def heatmap(images: Tensor, run: Record | None) -> Tensor:
 
 
 def evidence_plot(runs: list[dict[str, Any]], size: tuple[int, int] = (640, 320)) -> Tensor:
-    """Each domain's evidence over the steps, one line per image, relative to its threshold."""
+    """Each domain's evidence over the steps, one line per image, relative to its threshold; what is no number
+    (None) stands at the top."""
     import numpy as np
     from PIL import Image, ImageDraw
 
@@ -41,10 +42,11 @@ def evidence_plot(runs: list[dict[str, Any]], size: tuple[int, int] = (640, 320)
     draw = ImageDraw.Draw(picture)
     lines = [line for run in runs for line in _lines(run)]
     steps = max((len(values) for _, values in lines), default=1)
-    most = max([1.0, *(v for _, values in lines for v in values)]) * 1.1
+    most = max([1.0, *(v for _, values in lines for v in values if v is not None)]) * 1.1
 
-    def place(step: int, value: float) -> tuple[float, float]:
-        return left + (right - left) * step / max(1, steps - 1), bottom - (bottom - top) * value / most
+    def place(step: int, value: float | None) -> tuple[float, float]:
+        share = 1.0 if value is None else value / most
+        return left + (right - left) * step / max(1, steps - 1), bottom - (bottom - top) * share
 
     draw.line([(left, top), (left, bottom), (right, bottom)], fill="black")
     draw.line([place(0, 1.0), place(max(1, steps - 1), 1.0)], fill="#888888")
@@ -61,13 +63,14 @@ def evidence_plot(runs: list[dict[str, Any]], size: tuple[int, int] = (640, 320)
     return torch.from_numpy(np.array(picture)).float()[None] / 255
 
 
-def _lines(run: dict[str, Any]) -> list[tuple[str, list[float]]]:
+def _lines(run: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
     """(domain, evidence over threshold by step) of every image."""
     lines = []
     for i, image in enumerate(run["images"]):
         for d, (domain, found) in enumerate(image.items()):
             limit = found["threshold"] or 1.0
-            lines.append((domain, [step[i][d] / limit for step in run["evidence"]]))
+            values = [step[i][d] for step in run["evidence"]]
+            lines.append((domain, [None if v is None else v / limit for v in values]))
     return lines
 
 

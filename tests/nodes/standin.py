@@ -296,7 +296,11 @@ class Guider:
         names = ["positive"] if self.cfg == 1 else ["positive", "negative"]
         run = Executor(self._calc_cond_batch, None, wrappers)
         out = run(self.model_patcher.model, [self.conds[n] for n in names], x, sigma, model_options)
-        return out[0] if self.cfg == 1 else out[1] + (out[0] - out[1]) * self.cfg
+        denoised = out[0] if self.cfg == 1 else out[1] + (out[0] - out[1]) * self.cfg
+        uncond = self.conds["negative"] if self.cfg != 1 else None
+        for after in model_options.get("sampler_post_cfg_function", []):
+            denoised = after({"denoised": denoised, "cond_scale": self.cfg, "uncond": uncond})
+        return denoised
 
     def _calc_cond_batch(self, model: Any, conds: list, x: Tensor, sigma: Tensor, model_options: dict):
         todo = [(c, i) for i, group in enumerate(conds) for c in group if _is_on(c, sigma)][::-1]

@@ -85,7 +85,7 @@ def test_steers_as_the_core_steers(pocket: Any, tmp_path: Path) -> None:
     patching, steering = pack_module("nodes.bridge.steered"), pack_module("safedig_core.steering.steering")
     Dictionary = pack_module("safedig_core.dictionary.dictionary").Dictionary
     with torch.inference_mode():
-        tap = steering.Steering(Dictionary.open(path))
+        tap = steering.Steering(Dictionary.open(path)).run()
         expected = host.decode(host.sample(PROMPTS[:1] * 2, SEEDS, tap))
         plain = host.decode(host.sample(PROMPTS[:1] * 2, SEEDS))
         steered, attachment = patching.attach(model, steering.Steering(Dictionary.open(path)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -42,7 +43,8 @@ def build(tmp_path: Path, family: str):
         positions: list[str] | None = None, *, strength: float = 1.0, form: str = "residual", **options: Any
     ):
         names = positions or [BLOCK[family]]
-        written = {k: options.pop(k) for k in ("threshold", "domains", "harmful") if k in options}
+        of_file = ("threshold", "gate_window", "domains", "harmful")
+        written = {k: options.pop(k) for k in of_file if k in options}
         window = options.pop("window", (1.0, 0.0))
         plan = [Action(p, "repel", form, strength, window) for p in names]
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
@@ -343,13 +345,16 @@ def test_samplers_with_several_evaluations_a_step(world: Any, family: str, build
     assert run.result["sigmas"] == pytest.approx([1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25])
 
 
-def test_the_window_is_in_noise_levels(world: Any, family: str, build: Any) -> None:
-    steered, attachment = patching.attach(world.model(family), build(window=(0.75, 0.5), harmful=24))
+def test_windows_are_in_noise_levels(world: Any, family: str, build: Any) -> None:
+    """It acts in the plan's window, and looks in the gate's."""
+    steering = build(window=(0.5, 0.25), gate_window=(0.75, 0.5), harmful=24)
+    steered, attachment = patching.attach(world.model(family), steering)
     sample(world, steered)
-    fired = attachment.last.result["tokens_moved"][0]
-    assert [sum(step) > 0 for step in fired] == [False, True, True, False]
+    moved = attachment.last.result["tokens_moved"][0]
+    assert [sum(step) > 0 for step in moved] == [False, False, True, True]
     evidence = [step[0][0] for step in attachment.last.result["evidence"]]
     assert evidence[0] == 0 and evidence[1] > 0 and evidence[3] == evidence[2]
+    assert attachment.last.result["images"][0]["weapons"]["looked"] == 2
 
 
 def test_stop_ends_the_run_at_the_first_step(world: Any, family: str, build: Any) -> None:
@@ -579,6 +584,111 @@ def test_a_prompt_that_goes_by_the_wrappers_is_noticed(
     else:
         world.sample(model, prompts)
         assert len(attachment.last.problems) == 4 and attachment.last.finished
+
+
+@pytest.mark.parametrize("policy", ["block", "off"])
+def test_a_pass_that_goes_by_the_wrappers_is_noticed(
+    world: Any, family: str, build: Any, policy: str
+) -> None:
+    """All rows went the usual way, and then once more past it: it is the second answer that is painted."""
+
+    def again(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
+        executor(x, t, *args, **kwargs)
+        return executor.class_obj._apply_model(x, t, *args, **kwargs)
+
+    model, attachment = patching.attach(world.model(family), build(), policy=policy)
+    model.add_wrapper_with_key("apply_model", "another", again)
+    if policy == "block":
+        with pytest.raises(NotSteered, match="went past its wrappers.*another"):
+            sample(world, model)
+    else:
+        assert torch.equal(sample(world, model), sample(world, world.model(family)))
+        assert "past its wrappers" in attachment.last.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("branch", "cfg", "told"),
+    [("positive", 0.0, True), ("positive", 0.5, True), ("positive", 1.0, False), ("positive", 2.0, False),
+     ("both", 0.5, False), ("negative", 0.5, False)],
+)  # fmt: skip
+def test_guidance_that_paints_the_other_prompt_is_told(
+    world: Any, family: str, build: Any, branch: str, cfg: float, told: bool
+) -> None:
+    model, attachment = patching.attach(world.model(family), build(), branch=branch, policy="off")
+    sample(world, model, cfg=cfg)
+    assert any("the negative prompt is painted too" in p for p in attachment.last.problems) == told
+
+
+class Watched:
+    """What newer versions say about a block's allocations: whether they are watched."""
+
+    watching = True
+
+    @contextmanager
+    def pause_malloc_graph(self):
+        self.watching = False
+        try:
+            yield
+        finally:
+            self.watching = True
+
+
+def test_steering_allocates_unwatched_where_blocks_are_watched(
+    world: Any, family: str, build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched, seen = Watched(), []
+    monkeypatch.setitem(sys.modules, "comfy.model_prefetch", watched)  # type: ignore[arg-type]
+    steered, attachment = patching.attach(world.model(family), build(EVERYWHERE[family]))
+    step = type(attachment.steering.run()).__call__
+
+    def seeing(run: Any, position: str, a: torch.Tensor) -> torch.Tensor:
+        seen.append(watched.watching)
+        return step(run, position, a)
+
+    monkeypatch.setattr(type(attachment.steering.run()), "__call__", seeing)
+    sample(world, steered)
+    assert len(seen) == 4 * len(EVERYWHERE[family]) and not any(seen)
+    assert watched.watching
+
+
+def test_the_dictionary_is_loaded_as_newer_versions_load(
+    world: Any, family: str, build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patcher = sys.modules["comfy.model_patcher"]
+
+    class Core(patcher.ModelPatcher):  # type: ignore[name-defined]
+        pass
+
+    monkeypatch.setattr(patcher, "CoreModelPatcher", Core, raising=False)
+    _, attachment = patching.attach(world.model(family), build())
+    assert type(attachment.weights) is Core
+
+
+def test_where_the_text_ends_is_taken_from_the_version_that_tells(
+    world: Any, family: str, build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a double block's text was: another node may have made it longer since."""
+    if family == "sd3" or world.name != "stand-in":
+        pytest.skip("SD3.5 has no single blocks, and ComfyUI's text goes by its own positions")
+    model = world.model(family)
+
+    def longer(args: dict, extra: dict) -> dict:
+        out = extra["original_block"](args)
+        args["transformer_options"]["img_slice"] = [7, 7 + out["img"].shape[1]]
+        return {**out, "txt": torch.cat([out["txt"], out["txt"][:, :1]], 1)}
+
+    model.set_model_patch_replace(longer, "dit", "double_block", 1)
+    seen: dict[str, set[int]] = {}
+    steered, attachment = patching.attach(model, build(["single.0.txt", "single.0.img"]))
+    step = type(attachment.steering.run()).__call__
+
+    def seeing(run: Any, position: str, a: torch.Tensor) -> torch.Tensor:
+        seen.setdefault(position, set()).add(a.shape[1])
+        return step(run, position, a)
+
+    monkeypatch.setattr(type(attachment.steering.run()), "__call__", seeing)
+    sample(world, steered)
+    assert seen == {"single.0.txt": {7}, "single.0.img": {16}}
 
 
 @pytest.mark.parametrize("policy", ["block", "warn"])

@@ -31,15 +31,23 @@ TYPES = {
     "Rebatch": ("IMAGE",),
     "Pipe": ("PIPE",),
     "PipeSampler": ("PIPE", "IMAGE"),
+    "Refined": ("LATENT",),
+    "Merge": ("MODEL",),
+    "Adapter": ("MODEL",),
+    "AddNoise": ("LATENT",),
+    "ImageScale": ("IMAGE",),
     "SafeDIGSteeringReceipt": ("IMAGE", "IMAGE", "IMAGE", "STRING"),
 }
+OUTPUTS = ("SafeDIGSteeringReceipt", "PipeSampler")
 
 
 @pytest.fixture(autouse=True)
 def classes(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = ModuleType("nodes")
     fake.NODE_CLASS_MAPPINGS = {  # type: ignore[attr-defined]
-        name: SimpleNamespace(RETURN_TYPES=types, INPUT_IS_LIST=name == "Rebatch")
+        name: SimpleNamespace(
+            RETURN_TYPES=types, INPUT_IS_LIST=name == "Rebatch", OUTPUT_NODE=name in OUTPUTS
+        )
         for name, types in TYPES.items()
     }
     monkeypatch.setitem(sys.modules, "nodes", fake)
@@ -115,6 +123,72 @@ def test_samplers_are_found(changed: dict, expected: tuple) -> None:
     assert made(graph(**changed)) == expected
 
 
+def test_a_model_that_is_only_asked_for_its_schedule_samples_nothing() -> None:
+    noisy = node("AddNoise", model=["1", 0], latent=["8", 0])
+    prompt = graph(**{"4": noisy, "8": node("Empty", width=64)})
+    assert made(prompt) == (["5"], [], False)
+
+
+BATCH = node("Batch", image1=["8", 0], image2=["9", 0])
+DECODED = node("Decode", samples=["5", 0], vae=["1", 2])
+
+
+@pytest.mark.parametrize(
+    ("changed", "loaded", "in_place"),
+    [
+        ({}, [], True),
+        ({"6": node("ImageScale", image=["8", 0]), "8": DECODED}, [], True),
+        ({"6": node("Upscale", image=["8", 0]), "8": DECODED}, [], False),  # unknown: it may reorder
+        ({"6": BATCH, "8": DECODED, "9": node("LoadImage", image="a.png")}, ["9"], False),
+        ({"6": BATCH, "8": DECODED, "9": DECODED}, [], False),
+        ({"6": node("LoadImage", image="a.png")}, ["6"], False),
+        ({"4": node("VAEEncode", pixels=["8", 0]), "8": node("LoadImage", image="a.png")}, [], True),
+        ({"6": node("Decode", samples=["5", 0], vae=["1", 2], size=["8", 0]), "8": node("Loader")}, [], True),
+    ],
+    ids=["plain", "scaled", "by an unknown node", "loaded beside", "twice", "loaded alone", "sampled over",
+         "other inputs"],
+)  # fmt: skip
+def test_what_no_sampler_made_and_what_was_moved_is_found(
+    changed: dict, loaded: list, in_place: bool
+) -> None:
+    found = ledger.makers(graph(**changed), "7", "images", lambda node: False)
+    assert (found.loaded, found.in_place) == (loaded, in_place)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"model": ["2", 0]}, []),
+        ({"model": ["2", 0], "refiner": ["2", 0]}, []),
+        ({"model": ["2", 0], "refiner": ["1", 0]}, ["refiner"]),
+        ({"model": ["2", 0], "refiner": ["8", 0]}, []),  # through another node
+        ({"model": ["2", 0], "refiner": ["9", 0]}, ["refiner"]),  # the steered picture, not the model
+        ({"model": ["2", 0], "refiner": ["10", 0]}, ["refiner"]),  # another Apply
+        ({"pipe": ["11", 0]}, []),
+    ],
+)
+def test_models_of_a_sampler_that_are_not_steered_are_named(changed: dict, expected: list) -> None:
+    prompt = graph(
+        **{
+            "5": node("Refined", **changed, latent=["4", 0]),
+            "8": node("Merge", model1=["1", 0], model2=["2", 0]),
+            "9": node("Adapter", model=["1", 0], image=["6", 0]),
+            "10": node("SafeDIGApplySteering", model=["1", 0], strength=0.5),
+            "11": node("Pipe", model=["1", 0]),
+        }
+    )
+    assert ledger.other_models(prompt, "5", ledger.signature(prompt, "2")) == expected
+
+
+def test_a_node_that_ran_is_told_from_one_that_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = ModuleType("comfy_execution.progress")
+    progress.get_progress_state = lambda: SimpleNamespace(nodes={"5": {}, "7": {}})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "comfy_execution.progress", progress)
+    now = ledger.Execution("a", "7", 0, graph())
+    assert ledger.ran_anew(now, "5") and not ledger.ran_anew(now, "6")
+    assert not ledger.ran_anew(now, "7")  # an output is counted either way
+
+
 def test_a_sampler_without_a_model_input_is_known_by_its_runs() -> None:
     prompt = graph(**{"6": node("PipeSampler", pipe=["8", 0]), "8": node("Pipe", model=["2", 0])})
     prompt["7"]["inputs"]["images"] = ["6", 1]
@@ -158,6 +232,15 @@ def test_what_does_not_change_an_output_does_not_change_its_signature() -> None:
     another = {**base, "20": base["2"]}
     another["5"] = node("KSampler", model=["20", 0], positive=["3", 0], latent=["4", 0], seed=7)
     assert ledger.signature(another, "5") != ledger.signature(base, "5")  # another Apply node
+
+
+def test_large_seeds_are_told_apart() -> None:
+    def seeded(seed: float) -> str:
+        changed = node("KSampler", model=["2", 0], positive=["3", 0], latent=["4", 0], seed=seed)
+        return ledger.signature(graph(**{"5": changed}), "5")
+
+    assert seeded(2**60) != seeded(2**60 + 1)
+    assert seeded(7) == seeded(7.0) != seeded(7.5)
 
 
 def record(prompt_id: str, prompt: dict, item: int = 0) -> Any:

@@ -27,8 +27,9 @@ SAMPLING = [
 STEPS = 4
 
 
-def node(inputs: list, outputs: list, **schema: Any) -> Callable[[Callable], Callable]:
-    """Makes a node, Test<Name>, of a function; a result that is no NodeOutput is its one output."""
+def node(inputs: list, outputs: list, anew: bool = False, **schema: Any) -> Callable[[Callable], Callable]:
+    """Makes a node, Test<Name>, of a function; a result that is no NodeOutput is its one output. With `anew`,
+    it is executed for every prompt."""
 
     def made(function: Callable) -> Callable:
         name = "Test" + function.__name__.title().replace("_", "")
@@ -40,7 +41,12 @@ def node(inputs: list, outputs: list, **schema: Any) -> Callable[[Callable], Cal
             out = function(**given)
             return out if isinstance(out, io.NodeOutput) else io.NodeOutput(out)
 
-        methods = {"define_schema": classmethod(define_schema), "execute": classmethod(execute)}
+        methods: dict[str, Any] = {
+            "define_schema": classmethod(define_schema),
+            "execute": classmethod(execute),
+        }
+        if anew:
+            methods["fingerprint_inputs"] = classmethod(lambda cls, **given: float("nan"))
         NODES.append(type(name, (io.ComfyNode,), methods))
         return function
 
@@ -87,6 +93,31 @@ def named(conditioning: Any, called: str) -> Any:
       [io.Conditioning.Output(is_output_list=True)])  # fmt: skip
 def prompt_list(first: Any, second: Any) -> Any:
     return [first, second]
+
+
+@node([io.Model.Input("first"), io.Model.Input("second")], [io.Model.Output(is_output_list=True)])
+def model_list(first: Any, second: Any) -> Any:
+    return [first, second]
+
+
+TURNS: dict[str, int] = {}
+
+
+@node(
+    [io.Model.Input("first"), io.Model.Input("second"), io.String.Input("run")],
+    [io.Model.Output()],
+    anew=True,
+)
+def takes_turns(first: Any, second: Any, run: str) -> Any:
+    """A switch that nothing in the graph decides: the first model, the second, the first ..."""
+    TURNS[run] = TURNS.get(run, 0) + 1
+    return first if TURNS[run] % 2 else second
+
+
+@node([io.Image.Input("images")], [io.Image.Output()], is_input_list=True)
+def pictures_of_a_list(images: list[Tensor]) -> Any:
+    """One batch of all pictures of a list."""
+    return torch.cat(images)
 
 
 @node([io.Conditioning.Input("first"), io.Conditioning.Input("second")], [io.Conditioning.Output()])
