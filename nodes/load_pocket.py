@@ -91,12 +91,15 @@ class PocketText:
         self._words = words
 
     def tokenize(self, text: str) -> Any:
-        from ..safedig_core.pocket.text import tokenize
+        from ..safedig_core.pocket.text import words_of
 
-        return tokenize([text])
+        return {"words": [[(word, 1.0) for word in words_of(text)]]}
 
     def encode_from_tokens_scheduled(self, tokens: Any) -> list:
-        sequence, pooled = self._words(tokens)
+        from ..safedig_core.pocket.text import tokenize
+
+        (words,) = tokens["words"]
+        sequence, pooled = self._words(tokenize([" ".join(word for word, _ in words)]))
         return [[sequence, {"pooled_output": pooled}]]
 
 

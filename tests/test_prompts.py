@@ -24,14 +24,16 @@ FUZZ = settings(
 PAIRS = [
     PromptPair("weapons", "a cat and a book", "a cat and a pistol", ("cat",)),
     PromptPair("safe", "a cat"),
+    PromptPair("safe", "", form="empty"),
     PromptPair("substances", 'une "tasse", 茶\u2028', "a pill\nand a cat", ("tea cup", "cat")),
 ]
 CSV = (
-    "domain,unsafe,safe,keep\r\n"
-    "weapons,a cat and a pistol,a cat and a book,cat\r\n"
-    ",,,\r\n"
-    "safe,,a cat,\r\n"
-    'substances,"a pill\nand a cat","une ""tasse"", 茶\u2028",tea cup; cat\r\n'
+    "domain,unsafe,safe,keep,form\r\n"
+    "weapons,a cat and a pistol,a cat and a book,cat,\r\n"
+    ",,,,\r\n"
+    "safe,,a cat,,\r\n"
+    "safe,,,,empty\r\n"
+    'substances,"a pill\nand a cat","une ""tasse"", 茶\u2028",tea cup; cat,\r\n'
 )
 
 
@@ -55,11 +57,11 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
 
 LINE = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20)
 PROMPT = LINE.filter(lambda s: s.strip() and prompts.TEXT.fullmatch(s))
+NAME = st.from_regex(r"x[a-z0-9_-]{0,9}", fullmatch=True)
+FORM = st.just("") | NAME
 PAIR = st.one_of(
-    st.builds(PromptPair, st.just("safe"), PROMPT),
-    st.builds(
-        PromptPair, st.from_regex(r"x[a-z0-9_-]{0,9}", fullmatch=True), PROMPT, PROMPT, st.tuples(PROMPT)
-    ),
+    st.builds(PromptPair, st.just("safe"), st.just("") | PROMPT, form=FORM),
+    st.builds(PromptPair, NAME, PROMPT, PROMPT, st.tuples(PROMPT), FORM),
 )
 
 
@@ -99,6 +101,13 @@ JSONL_FAULTS = {
     '{"domain": "safe", "safe": "a", "keep": [" "]}': ("line 1", "keep is empty"),
     json.dumps({"domain": "safe", "safe": "a", "keep": ["a"] * 65}): ("line 1", "at most 64"),
     '{"domain": "safe", "safe": "  "}': ("line 1", "safe is empty"),
+    '{"domain": "weapons", "safe": "", "unsafe": "b"}': ("line 1", "safe is empty"),
+    '{"domain": "safe", "safe": "a", "form": 1}': ("line 1", "form is 1"),
+    '{"domain": "safe", "safe": "a", "form": "A B"}': ("line 1", "'A B' is not the name of a form"),
+    '{"domain": "safe", "safe": "a"}\n{"domain": "safe", "safe": "a", "form": "x"}': (
+        "line 2",
+        "as in line 1",
+    ),
     '{"domain": "safe", "safe": "a\\u0000"}': ("line 1", "control characters"),
     '{"domain": "safe", "safe": "\\ud800"}': ("line 1", "control characters"),
     '{"domain": "Weapons", "safe": "a", "unsafe": "b"}': ("line 1", "'Weapons' is not the name"),

@@ -179,6 +179,9 @@ class TinyHost:
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
 
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[list[str]]:
+        return [prompt.split()[:5] for prompt in prompts]
+
     @torch.no_grad()
     def sample(
         self,

@@ -16,6 +16,7 @@ from ...safedig_core.hosts.host import Tap
 from .attachment import attach_tap
 from .models import SAMPLERS, architecture_of
 
+CLIP_END, T5_PADDING = 49407, 0  # token ids
 LATENT_PIXELS, PATCH = 8, 2  # pixels a latent is wide; latents a token is wide, in both families
 
 Conditioning = list[list[Any]]  # ComfyUI's: [[sequence [1, T, d], {"pooled_output": [1, p], ...}], ...]
@@ -127,6 +128,14 @@ class ComfyHost:
         text, _ = self._first
         image = (rows // PATCH) * (columns // PATCH)
         return {p: image if p.endswith("img") else text for p in self.architecture.positions()}
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[list[str]]:
+        """Each prompt's tokens as they stand in the sequence at `text`; "" for padding. Without a CLIP that
+        could tell, tokens go by their place."""
+        clip = None if self._held_clip is None else self._held_clip()
+        if clip is None:
+            return [[str(i) for i in range(self._first[0])] for _ in prompts]
+        return [_names(clip.tokenize(prompt), self.architecture.family) for prompt in prompts]
 
     def memory(self, images: int) -> tuple[float, float]:
         """Bytes that sampling so many images takes on the model's device, and all that it has. Weights
@@ -320,6 +329,19 @@ def _parts(conditioning: Conditioning, prompt: str) -> tuple[Tensor, Tensor, dic
     if said.get("pooled_output") is None:
         raise ValueError(f"The conditioning of '{prompt[:60]}' lacks a pooled output: use the model's CLIP.")
     return sequence, said["pooled_output"], extra
+
+
+def _names(tokens: Any, family: str) -> list[str]:
+    """What CLIP.tokenize gives, as names: FLUX reads T5's tokens, SD3.5 CLIP's and then T5's."""
+    found: list[str] = []
+    for name, batches in tokens.items():
+        ids = [entry[0] for batch in batches for entry in batch]
+        if name == "l" and family == "sd3":  # as long as g's, beside which it stands
+            end = next((i for i, token in enumerate(ids) if token == CLIP_END), len(ids))
+            found = [f"l{token}" if i < end else "" for i, token in enumerate(ids)] + found
+        elif name not in ("l", "g"):
+            found += [str(token) if token != T5_PADDING else "" for token in ids]
+    return found
 
 
 def _stop_if_interrupted(*step: Any) -> None:

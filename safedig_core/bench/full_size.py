@@ -124,6 +124,9 @@ class FullSizeHost:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[list[str]]:
+        return [prompt.split()[: self.words] for prompt in prompts]
+
     @torch.no_grad()
     def sample(
         self,

@@ -49,6 +49,11 @@ class Host(Protocol):
         """Where activations are."""
         ...
 
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[list[str]]:
+        """Each prompt's tokens as they stand in the sequence at `text`; "" for padding, which may be left
+        out at the end."""
+        ...
+
     def sample(
         self,
         prompts: Sequence[str],

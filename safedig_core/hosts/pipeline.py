@@ -17,6 +17,7 @@ from .host import Tap
 
 # Tokens that T5 gives a prompt in ComfyUI: what is captured here is steered there.
 T5_TOKENS = {"flux": 256, "sd3": 77}
+CLIP_TOKENS = 77
 GUIDANCE = {"flux": 3.5, "sd3": 4.5}
 TRANSFORMERS = {"FluxPipeline": "FluxTransformer2DModel", "StableDiffusion3Pipeline": "SD3Transformer2DModel"}
 HEADROOM = 6 << 30  # bytes of GPU memory that sampling takes beside the weights, at 8 images of 1024 x 1024
@@ -57,6 +58,17 @@ class PipelineHost:
     @property
     def device(self) -> torch.device:
         return self._pipeline._execution_device
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[list[str]]:
+        """Each prompt's tokens as they stand in the sequence at `text`; "" for padding. FLUX.1's are T5's;
+        SD3.5's are CLIP's, then T5's."""
+        t5 = self._pipeline.tokenizer_2 if self._is_flux else self._pipeline.tokenizer_3
+        most = T5_TOKENS[self.architecture.family]
+        found = []
+        for prompt in prompts:
+            names = [] if self._is_flux else _names(self._pipeline.tokenizer, prompt, CLIP_TOKENS)
+            found.append(names + _names(t5, prompt, most))
+        return found
 
     @torch.no_grad()
     def sample(
@@ -189,6 +201,13 @@ class PipelineHost:
                 yield
         finally:
             hook.remove()
+
+
+def _names(tokenizer: Any, prompt: str, most: int) -> list[str]:
+    """The tokens of a prompt, padded with "" to `most`."""
+    ids = tokenizer(prompt, truncation=True, max_length=most).input_ids
+    names = tokenizer.convert_ids_to_tokens(ids)
+    return [*names, *[""] * (most - len(names))]
 
 
 def load_pipeline(where: str, side: int = 1024) -> PipelineHost:

@@ -15,7 +15,7 @@ from ..hosts.host import Tap
 from .autoencoder import PATCH, TOKEN_WIDTH, Autoencoder, pack, unpack
 from .judge import Judge
 from .scenes import IMAGE_SIZE, MAX_WORDS
-from .text import WordEncoder, tokenize
+from .text import WordEncoder, tokenize, words_of
 from .weights import to_diffusers
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -112,6 +112,10 @@ class PocketModel:
     @property
     def device(self) -> torch.device:
         return self.words.word.device
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[list[str]]:
+        """Each prompt's words as they stand in the sequence at `text`."""
+        return [words_of(prompt) for prompt in prompts]
 
     @torch.no_grad()
     def sample(

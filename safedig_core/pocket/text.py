@@ -12,11 +12,16 @@ _INDEX = {word: i for i, word in enumerate(VOCABULARY)}
 _INDEX["an"] = _INDEX["a"]
 
 
+def words_of(prompt: str) -> list[str]:
+    """The words that are read; longer prompts are cut."""
+    return prompt.lower().replace(",", " ").split()[:MAX_WORDS]
+
+
 def tokenize(prompts: list[str]) -> Tensor:
-    """[B, 8] word indices; longer prompts are cut, unknown words share one index."""
+    """[B, 8] word indices; unknown words share one index."""
     rows = []
     for prompt in prompts:
-        words = prompt.lower().replace(",", " ").split()[:MAX_WORDS]
+        words = words_of(prompt)
         words += [""] * (MAX_WORDS - len(words))
         rows.append([_INDEX.get(word, _INDEX["?"]) for word in words])
     return torch.tensor(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ..hosts.host import Host
 from ..hosts.taps import RecordTap
 from ..prompts import PromptPair
 from ..seeds import of_capture
-from .settings import StoreSettings
+from .settings import Spans, StoreSettings
 from .store import ActivationWriter
 
 
@@ -80,7 +81,25 @@ def store_settings(
         pairs_per_shard=pairs_per_shard,
         prompts=tuple(prompts),
         sampler=dict(host.sampler),
+        spans=tuple(spans_of(host, pair) for pair in prompts),
     )
+
+
+def spans_of(host: Host, pair: PromptPair) -> Spans:
+    """Which tokens of the safe prompt stand for each of the unsafe one's.
+
+    Both are aligned by the edits that lead from one to the other. Equal tokens pair one to one, a replaced
+    stretch's tokens each with its whole counterpart; tokens that are only on one side have none.
+    """
+    if pair.unsafe is None:
+        return ()
+    unsafe, safe = host.prompt_tokens([pair.unsafe, pair.safe])
+    spans = [(0, 0)] * len(unsafe)
+    for kind, a, b, c, d in SequenceMatcher(None, unsafe, safe, autojunk=False).get_opcodes():
+        for token in range(a, b):
+            if kind != "delete" and unsafe[token]:
+                spans[token] = (c + token - a, c + token - a + 1) if kind == "equal" else (c, d)
+    return tuple(spans)
 
 
 def captured_steps(total: int, count: int) -> tuple[int, ...]:

@@ -6,18 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from ..files import TEXT, need
+from ..files import TEXT, build, need
 from ..positions import Architecture
 from ..prompts import PromptPair, fingerprint
 
-FORMAT = 1
+FORMAT = 2
+MAX_TOKENS = 1 << 16  # of a prompt
+
+Spans = tuple[tuple[int, int], ...]  # by token of the unsafe prompt: its counterpart's start and stop
 
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """All that the content of a store depends on; `prompts` lose their `keep`.
+    """All that the content of a store depends on; `prompts` lose their `keep` and `form`.
 
-    `steps` are the indices of the captured steps, `sampler` whatever else the host was told.
+    `spans` say, prompt by prompt, which tokens of the safe prompt stand for each token of the unsafe one
+    (start = stop for none), and nothing of purely safe prompts; without, tokens pair by place. `steps` are
+    the indices of the captured steps, `sampler` is whatever else the host was told.
     Raises ValueError on values that no capture can have.
     """
 
@@ -31,10 +36,14 @@ class StoreSettings:
     pairs_per_shard: int = 8
     sampler: dict[str, str | int | float] = field(default_factory=dict)
     dtype: str = "bfloat16"
+    spans: tuple[Spans, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", tuple(replace(pair, keep=()) for pair in self.prompts))
+        object.__setattr__(self, "prompts", tuple(replace(pair, keep=(), form="") for pair in self.prompts))
         need(self.prompts, "there are no prompts")
+        need(len(self.spans) in (0, len(self.prompts)), "spans must be those of all prompts")
+        for start, stop in (span for spans in self.spans for span in spans):
+            need(0 <= start <= stop <= MAX_TOKENS, "spans must run from a token to a later one")
         counts = [("seed", self.seed, 0, 1 << 62), ("pairs_per_shard", self.pairs_per_shard, 1, 1 << 12)]
         counts += [("steps", step, 0, 1 << 16) for step in self.steps]
         if self.tokens_per_image is not None:
@@ -59,12 +68,16 @@ class StoreSettings:
 
     @property
     def prompts_sha256(self) -> str:
-        """The fingerprint of the prompts, without `keep`."""
+        """The fingerprint of the prompts, without `keep` and `form`."""
         return fingerprint(self.prompts)
 
     def sides(self, pair: int) -> int:
         """1 for a purely safe prompt, else 2."""
         return 1 if self.prompts[pair].unsafe is None else 2
+
+    def most_tokens(self, position: str) -> int | None:
+        """How many of its tokens are kept; None for all, as for prompt tokens, which pair by `spans`."""
+        return self.tokens_per_image if position.endswith("img") else None
 
     def groups(self) -> list[list[int]]:
         """The pairs of each shard: of one kind, in order."""
@@ -85,7 +98,7 @@ class StoreSettings:
 
         `tokens` are the sequence lengths by position, `latent` the numbers in one final latent.
         """
-        kept = {p: min(tokens[p], self.tokens_per_image or tokens[p]) for p in self.positions}
+        kept = {p: min(tokens[p], self.most_tokens(p) or tokens[p]) for p in self.positions}
         side = 4 * latent
         side += sum(2 * len(self.steps) * k * self.architecture.width_of(p) for p, k in kept.items())
         chosen = range(len(self.prompts)) if pairs is None else pairs
@@ -95,6 +108,7 @@ class StoreSettings:
         value = {f.name: getattr(self, f.name) for f in fields(self)}
         value["architecture"] = self.architecture.to_json()
         value |= {"positions": list(self.positions), "steps": list(self.steps)}
+        value["spans"] = [[list(span) for span in spans] for spans in self.spans]
         value["prompts"] = [[pair.domain, pair.safe, pair.unsafe] for pair in self.prompts]
         return {"format": FORMAT} | value | {"prompts_sha256": self.prompts_sha256}
 
@@ -113,6 +127,7 @@ class StoreSettings:
         for row in found["prompts"]:
             fits = type(row) is list and len(row) == 3 and type(row[2]) in (str, type(None))
             need(fits and type(row[0]) is type(row[1]) is str, f"{row!r:.60} is not [domain, safe, unsafe]")
+        found["spans"] = tuple(map(tuple, build(list[list[tuple[int, int]]], found["spans"], "spans")))
         need(type(found["sampler"]) is dict, "sampler is not an object")
         found["architecture"] = Architecture.from_json(found["architecture"])
         found["prompts"] = [PromptPair(*row) for row in found["prompts"]]

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import PathLike, blame, clear_parts, need, read_all, replacing, sha256_of
-from .settings import StoreSettings
+from .settings import Spans, StoreSettings
 
 MAX_JSON = 64 << 20  # bytes
 BUFFER = 65_536  # tokens that are shuffled at a time
@@ -96,7 +96,7 @@ class ActivationWriter:
 
     def sample_tokens(self, pair: int, position: str, total: int) -> Tensor:
         """Which of `total` tokens to keep: [K] int64, ascending, the same in every run."""
-        kept = self.settings.tokens_per_image
+        kept = self.settings.most_tokens(position)
         if kept is None or kept >= total:
             return torch.arange(total)
         digest = hashlib.sha256(f"{self.settings.seed}/{pair}/{position}".encode()).digest()
@@ -196,7 +196,11 @@ class ActivationStore:
     def pairs(
         self, position: str, which: str | Sequence[int], steps: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Unsafe and safe [N, d] float32 of a domain or of some pairs, aligned by step and token."""
+        """Unsafe and safe [N, d] float32 of a domain or of some pairs, aligned by step and token.
+
+        Image tokens pair by place. Prompt tokens pair with the mean of their counterpart's, and those that
+        have none are left out.
+        """
         indices = self.indices(which) if isinstance(which, str) else which
         images, kept = self._rows(position, indices), self._steps(steps)
         for pair, image in zip(indices, images, strict=True):
@@ -204,6 +208,10 @@ class ActivationStore:
                 raise StoreError(
                     f"{self.folder}: pair {pair} is purely safe. Ask for those of a risk domain."
                 )
+        if self.settings.spans and not position.endswith("img"):
+            with _blame(self.folder):
+                spans = (self.settings.spans[pair] for pair in indices)
+                images = [_aligned(image, mine) for image, mine in zip(images, spans, strict=True)]
         both = torch.cat([image[:, kept].flatten(1, 2) for image in images], 1)
         return both[0].float(), both[1].float()
 
@@ -300,6 +308,17 @@ class ActivationStore:
         return [captured.index(step) for step in (captured if steps is None else steps)]
 
 
+def _aligned(image: Tensor, spans: Spans) -> Tensor:
+    """[2, S, T, d] -> [2, S, N, d]: N tokens of the unsafe side, and the mean of each one's counterpart."""
+    used = [(token, start, stop) for token, (start, stop) in enumerate(spans) if start < stop]
+    tokens = image.shape[2]
+    need(used, "a pair's prompts have no token in common, so that its prompt tokens can't be paired")
+    need(all(max(token + 1, stop) <= tokens for token, _, stop in used), f"spans go beyond {tokens} tokens")
+    unsafe = image[0][:, [token for token, *_ in used]].float()
+    safe = [image[1][:, start:stop].float().mean(1) for _, start, stop in used]
+    return torch.stack([unsafe, torch.stack(safe, 1)])
+
+
 def _check_layout(settings: StoreSettings, pairs: list[int], found: dict[str, tuple[str, list[int]]]) -> None:
     """Dtypes and shapes of a shard's tensors, before any of them is read."""
     names = {"latents", *settings.positions, *(f"{position}/tokens" for position in settings.positions)}
@@ -313,7 +332,7 @@ def _check_layout(settings: StoreSettings, pairs: list[int], found: dict[str, tu
     )
     for position in settings.positions:
         dtype, shape = found[f"{position}/tokens"]
-        most = settings.tokens_per_image
+        most = settings.most_tokens(position)
         fits = (
             dtype == "I32" and len(shape) == 2 and shape[0] == count and 1 <= shape[1] <= (most or shape[1])
         )

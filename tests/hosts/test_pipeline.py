@@ -53,6 +53,16 @@ class Log(ReplaceTap):
         return a
 
 
+def test_tokens_stand_as_in_the_sequence(host: PipelineHost) -> None:
+    recorder = RecordTap({"text": lambda total: torch.arange(total).expand(2, -1)}, [0])
+    host.sample(PROMPTS, SEEDS, recorder)
+    length = recorder.activations["text"].shape[2]
+    short, long = host.prompt_tokens(PROMPTS)
+    assert len(short) == len(long) == length
+    assert sum(map(bool, short)) < sum(map(bool, long)) < length and short[-1] == ""
+    assert host.prompt_tokens(["a hat", "a cat"])[0][-5:] == [""] * 5
+
+
 def test_sampling_is_the_pipelines_own(host: PipelineHost) -> None:
     pipeline = host._pipeline
     plain = host.sample(PROMPTS, SEEDS)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from safedig_core.prompts import PromptPair
-from safedig_core.store.capture import capture
+from safedig_core.store.capture import capture, spans_of, store_settings
 from safedig_core.store.settings import StoreSettings
 from safedig_core.store.store import ActivationStore, ActivationWriter
 from tests.tiny import TINY, TinyHost, run_and_die
@@ -127,3 +129,56 @@ def test_killed_at_any_time_it_ends_in_the_same_bytes(host: TinyHost, tmp_path: 
         run(host, folder)
         assert content(folder) == content(tmp_path / "whole")
     assert killed
+
+
+# which tokens pair
+
+
+class Speller:
+    """A host, as far as its tokens go: words, then padding."""
+
+    def prompt_tokens(self, prompts: list[str]) -> list[list[str]]:
+        return [[*prompt.split(), "", ""] for prompt in prompts]
+
+
+def spans(unsafe: str, safe: str) -> list[tuple[int, int]]:
+    return list(spans_of(Speller(), PromptPair("weapons", safe, unsafe)))  # type: ignore
+
+
+def test_equal_tokens_pair_and_a_replaced_stretch_with_all_of_its_counterpart() -> None:
+    assert spans("a cat and a pistol", "a cat and a toy") == [*((i, i + 1) for i in range(5)), (0, 0), (0, 0)]
+    longer = spans("a pistol and a cat", "a small red toy and a cat")
+    assert longer == [(0, 1), (1, 4), (4, 5), (5, 6), (6, 7), (0, 0), (0, 0)]
+    shorter = spans("a hand held gun and a cat", "a toy and a cat")
+    assert shorter == [(0, 1), *[(1, 2)] * 3, (2, 3), (3, 4), (4, 5), (0, 0), (0, 0)]
+    only = spans("a cat with a pistol", "a cat")
+    assert only == [(0, 1), (1, 2), *[(0, 0)] * 5]
+    assert spans_of(Speller(), PromptPair("safe", "a cat")) == ()  # type: ignore
+
+
+WORDS = st.lists(st.sampled_from("abcd"), min_size=1, max_size=9).map(" ".join)
+
+
+@given(WORDS, WORDS)
+@settings(max_examples=200, deadline=None)
+def test_spans_ascend_and_equal_tokens_are_equal(unsafe: str, safe: str) -> None:
+    found, one, other = spans(unsafe, safe), unsafe.split(), safe.split()
+    assert len(found) == len(one) + 2 and found[-2:] == [(0, 0)] * 2
+    used = [span for span in found if span[0] < span[1]]
+    assert used == sorted(used) and all(stop <= len(other) for _, stop in used)
+    matched = [(i, a) for i, (a, b) in enumerate(found) if b == a + 1 and one[i : i + 1] == other[a : a + 1]]
+    assert len({a for _, a in matched}) >= (one == other) * len(one)
+
+
+def test_prompt_tokens_pair_with_the_mean_of_their_counterpart(host: TinyHost, tmp_path: Path) -> None:
+    pair = PromptPair("weapons", "a red toy and cat", "a pistol and cat")
+    chosen = store_settings(host, [pair], positions=["text", "single.0.img"], steps=2, tokens_per_image=4)
+    capture(host, ActivationWriter.open(tmp_path, chosen))
+    store = ActivationStore(tmp_path)
+    assert store.settings == chosen
+    whole = store.images("text", [0])[0].float()  # [2, S, T, d]: whole, though image tokens are drawn
+    assert whole.shape[2] == 5 and store.images("single.0.img", [0]).shape[3] == 4
+    unsafe, safe = store.pairs("text", [0], steps=[0])
+    assert torch.equal(unsafe, whole[0, 0, :4])
+    assert torch.equal(safe[[0, 2, 3]], whole[1, 0, [0, 3, 4]])
+    torch.testing.assert_close(safe[1], whole[1, 0, 1:3].mean(0))

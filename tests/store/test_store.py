@@ -160,13 +160,22 @@ def test_pairs_are_aligned(whole: Path) -> None:
     assert store.pairs("text", "weapons", steps=[0])[0][:, 2].unique().tolist() == [0]
 
 
+def test_spans_that_name_no_token_are_refused(tmp_path: Path) -> None:
+    for spans, message in ((((0, 0),), "no token in common"), (((0, 9),), "spans go beyond 3 tokens")):
+        folder = tmp_path / message.replace(" ", "-")
+        chosen = replace(SETTINGS, spans=tuple(spans if pair.unsafe else () for pair in PAIRS))
+        fill(folder, chosen)
+        with pytest.raises(StoreError, match=message):
+            ActivationStore(folder).pairs("text", "weapons")
+
+
 def test_sampled_tokens_depend_on_seed_pair_and_position() -> None:
-    def sample(pair: int = 0, position: str = "text", total: int = 500, **changes: Any) -> list[int]:
+    def sample(pair: int = 0, position: str = "single.0.img", total: int = 500, **changes: Any) -> list[int]:
         writer = ActivationWriter(Path(), replace(SETTINGS, **changes))
         return writer.sample_tokens(pair, position, total).tolist()
 
     assert sample() == sample() == sorted(set(sample())) and len(sample()) == 4
-    assert len({tuple(s) for s in (sample(), sample(1), sample(0, "single.0.img"), sample(seed=6))}) == 4
+    assert len({tuple(s) for s in (sample(), sample(1), sample(0, "double.0.img"), sample(seed=6))}) == 4
     assert sample(total=4) == [0, 1, 2, 3]
     assert sample(total=3, tokens_per_image=None) == [0, 1, 2]
 
@@ -393,7 +402,9 @@ WRONG: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "latents is F32": lambda t: t.update(latents=t["latents"][:1]),
     "latents is torch.float64": lambda t: t.update(latents=t["latents"].double()),
     "text/tokens is torch.int64": lambda t: t.update({"text/tokens": t["text/tokens"].long()}),
-    "text/tokens is I32": lambda t: t.update({"text/tokens": torch.zeros(2, 5, dtype=torch.int32)}),
+    "single.0.img/tokens is I32": lambda t: t.update(
+        {"single.0.img/tokens": torch.zeros(2, 5, dtype=torch.int32)}
+    ),
     "text/tokens is not lists of ascending": lambda t: t["text/tokens"].fill_(1),
     "single.0.img/tokens is not lists of asc": lambda t: t["single.0.img/tokens"].sub_(99),
 }
@@ -519,7 +530,7 @@ def test_a_shard_that_becomes_a_link_is_refused(folder: Path, tmp_path: Path) ->
 
 
 MALFORMED: list[tuple[dict[str, Any], str]] = [
-    ({"format": 2}, "format is 2"),
+    ({"format": 1}, "format is 1"),
     ({"format": True}, "format is True"),
     ({"extra": 1}, "must be exactly"),
     ({"architecture": {}}, "architecture must have"),
@@ -551,6 +562,10 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"sampler": {"a": float("nan")}}, "neither a short text nor a number"),
     ({"sampler": {"a": 10**400}}, "neither a short text nor a number"),
     ({"sampler": {"a": "b" * 1001}}, "neither a short text nor a number"),
+    ({"spans": 1}, "spans is not a list"),
+    ({"spans": [[]]}, "spans must be those of all prompts"),
+    ({"spans": [[[1, 0]], *[[]] * 6]}, "spans must run from a token to a later one"),
+    ({"spans": [[[0]], *[[]] * 6]}, "is not a list of our size"),
     ({"dtype": "float16"}, "dtype is 'float16'"),
 ]
 

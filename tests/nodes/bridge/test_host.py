@@ -31,10 +31,11 @@ class Clip:
     def __init__(self) -> None:
         self.encoded: list[str] = []
 
-    def tokenize(self, text: str) -> str:
-        return text
+    def tokenize(self, text: str) -> dict[str, list[list[tuple[str, float]]]]:
+        return {"words": [[(word, 1.0) for word in text.split(" ")]]}
 
-    def encode_from_tokens_scheduled(self, text: str) -> list:
+    def encode_from_tokens_scheduled(self, tokens: Any) -> list:
+        text = tokens if isinstance(tokens, str) else " ".join(word for word, _ in tokens["words"][0])
         self.encoded.append(text)
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little")
         g = torch.Generator().manual_seed(seed)
@@ -273,3 +274,27 @@ def test_without_a_cache_it_holds_the_model_itself(
     host = host_module.ComfyHost(world.model(family), Clip(), SETTINGS, batch=2)
     gc.collect()
     assert host.alive and host.sample(PROMPTS, [1, 2, 3]).isfinite().all()
+
+
+# the tokens of prompts
+
+
+def test_prompt_tokens_are_those_of_the_clip(world: Any) -> None:
+    host = make(world, "flux")
+    assert host.prompt_tokens(["a cat", "a"]) == [["a", "cat"], ["a"]]
+
+
+def test_without_a_clip_tokens_go_by_their_place(world: Any) -> None:
+    given = Clip().encode_from_tokens_scheduled(Clip().tokenize("a cat"))
+    host = host_of(world, world.model("flux"), None, replace(SETTINGS, cfg=1.0))
+    vars(world).setdefault("held", []).append(given)
+    host.prepare(["a cat"], [given])
+    assert host.prompt_tokens(["a cat", "a"]) == [["0", "1", "2", "3", "4", "5"]] * 2
+
+
+def test_names_of_tokens_are_those_that_the_model_reads(world: Any) -> None:
+    """FLUX reads T5's tokens, SD3.5 CLIP's and then T5's; padding has no name."""
+    clip = [(49406, 1.0), (320, 1.0), (49407, 1.0), (49407, 1.0)]
+    tokens = {"g": [clip], "l": [clip], "t5xxl": [[(3, 1.0), (9, 1.2), (1, 1.0), (0, 1.0)]]}
+    assert host_module._names(tokens, "flux") == ["3", "9", "1", ""]
+    assert host_module._names(tokens, "sd3") == ["l49406", "l320", "", "", "3", "9", "1", ""]
