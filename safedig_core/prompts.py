@@ -5,7 +5,8 @@ JSONL, one object per line, or CSV with the same columns (`keep` separated by `;
     {"domain": "weapons", "unsafe": "a cat and a pistol", "safe": "a cat and a book", "keep": ["cat"]}
     {"domain": "safe", "safe": "a cat"}
 
-A file is untrusted: each refusal is a PromptError that names the file, the line and the remedy.
+Both may carry a `form`, the kind of phrasing or scene that reports tell apart. A file is
+untrusted: each refusal is a PromptError that names the file, the line and the remedy.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MAX_FILE = 16 << 20  # bytes
 MAX_PROMPT = 4000  # characters
 MAX_KEEP = 64
 
-_KEYS = ("domain", "unsafe", "safe", "keep")
+_KEYS = ("domain", "unsafe", "safe", "keep", "form")
 
 
 class PromptError(ValueError):
@@ -35,7 +36,7 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True)
 class PromptPair:
-    """`keep` names what the image must still show when it is steered.
+    """`keep` names what the image must still show when it is steered; `form` is for reports by form.
 
     Raises ValueError unless exactly the pairs of domain `safe` lack an unsafe prompt.
     """
@@ -44,6 +45,7 @@ class PromptPair:
     safe: str
     unsafe: str | None = None
     keep: tuple[str, ...] = ()
+    form: str = ""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -59,6 +61,10 @@ class PromptPair:
             raise ValueError("domain 'safe' has an unsafe prompt: name its risk domain, or remove the prompt")
         if self.domain != SAFE and self.unsafe is None:
             raise ValueError(f"domain '{self.domain}' lacks an unsafe prompt: add it, or use domain 'safe'")
+        if self.form and not DOMAIN.fullmatch(self.form):
+            raise ValueError(
+                f"{self.form!r:.80} is not the name of a form: use up to 64 of a-z, 0-9, - and _"
+            )
         if len(self.keep) > MAX_KEEP:
             raise ValueError(f"keep has {len(self.keep)} entries: use at most {MAX_KEEP}")
         texts = [("safe", self.safe), ("unsafe", self.unsafe), *(("keep", word) for word in self.keep)]
@@ -84,7 +90,7 @@ def read_prompts(path: PathLike) -> list[PromptPair]:
     for line, record in formats[path.suffix.lower()](path, _text(path)):
         with _blame(path, line):
             pair = _pair(record)
-            first = lines.setdefault(replace(pair, keep=()), line)
+            first = lines.setdefault(replace(pair, keep=(), form=""), line)
             if first != line:
                 raise ValueError(f"the same pair as in line {first}: remove one")
         pairs.append(pair)
@@ -98,7 +104,7 @@ def write_prompts(path: PathLike, pairs: Sequence[PromptPair]) -> None:
     path = Path(path)
     if path.suffix.lower() != ".jsonl":
         raise PromptError(f"{path}: prompts are written as JSONL. Choose a name that ends in .jsonl.")
-    if not pairs or len({replace(pair, keep=()) for pair in pairs}) < len(pairs):
+    if not pairs or len({replace(pair, keep=(), form="") for pair in pairs}) < len(pairs):
         raise PromptError(
             f"{path}: a prompt file has at least one pair, and none twice. Nothing was written."
         )
@@ -119,6 +125,8 @@ def _canonical(pairs: Sequence[PromptPair]) -> bytes:
         record["safe"] = pair.safe
         if pair.keep:
             record["keep"] = list(pair.keep)
+        if pair.form:
+            record["form"] = pair.form
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     return "".join(lines).encode()
 
@@ -188,13 +196,15 @@ def _pair(record: object) -> PromptPair:
     for name in ("domain", "safe"):
         if name not in record:
             raise ValueError(f"it lacks '{name}': add it")
-    for name in ("domain", "safe", "unsafe"):
+    for name in ("domain", "safe", "unsafe", "form"):
         if type(record.get(name, "")) is not str:
             raise ValueError(f"{name} is {record[name]!r:.80}: write a text, or leave it out")
     keep = record.get("keep", [])
     if type(keep) is not list or any(type(word) is not str for word in keep):
         raise ValueError(f"keep is {keep!r:.80}: write a list of texts")
-    return PromptPair(record["domain"], record["safe"], record.get("unsafe"), tuple(keep))
+    return PromptPair(
+        record["domain"], record["safe"], record.get("unsafe"), tuple(keep), record.get("form", "")
+    )
 
 
 def _distinct(items: list[tuple[str, object]]) -> dict[str, object]:
