@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from itertools import combinations
@@ -11,7 +12,7 @@ import pytest
 
 import safedig_core
 from safedig_core.files import DOMAIN
-from safedig_core.prompt_pairs.lengths import closeness, split_words
+from safedig_core.prompt_pairs.lengths import closeness, split_words, tokens_of
 from safedig_core.prompt_pairs.safe_prompts import make_prompts
 from safedig_core.prompts import read_prompts
 
@@ -68,6 +69,15 @@ def test_a_rewrite_changes_few_words_and_keeps_the_length(category: str) -> None
     each = [(closeness([pair]), pair) for pair in PAIRS[category]]
     for one, pair in each:
         assert one.median_difference <= 1 and 0.3 <= one.common < 1, pair
+
+
+def test_sides_are_as_long_in_the_tokens_of_t5() -> None:
+    comfy = os.environ.get("COMFYUI_PATH")
+    if not comfy:
+        pytest.skip("COMFYUI_PATH does not name a ComfyUI folder, which has T5's tokenizer")
+    split = tokens_of(str(Path(comfy, "comfy", "text_encoders", "t5_tokenizer", "tokenizer.json")))
+    close = closeness([pair for name in CATEGORIES for pair in PAIRS[name]], split)
+    assert close.equal > 0.975 and close.median_difference == 0 and close.common > 0.81, close
 
 
 @pytest.mark.parametrize("prompts", [UNSAFE, REWRITES], ids=["unsafe", "rewrites"])
