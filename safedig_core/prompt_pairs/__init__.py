@@ -1,0 +1,1 @@
+"""Prompt pairs and safe prompts for dictionaries of full-size models."""
