@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--store", type=Path, required=True)
     sub.add_argument("--positions", type=names, help="comma-separated; default: all")
     sub.add_argument("--steps", type=count, default=6, help="how many sampling steps to capture")
-    sub.add_argument("--tokens", type=count, help="tokens per image; default: all")
+    sub.add_argument("--tokens", type=count, help="tokens per image; default: all. Of prompts all are kept")
     sub.add_argument("--pairs-per-shard", type=count, help="sampled at once; default: 12, or what fits")
 
     sub = command("route", run_route, "score positions and operators before any training")

@@ -57,7 +57,8 @@ def test_capture_route_steer_and_train_at_real_widths(family: str, tmp_path: Pat
     store = ActivationStore(tmp_path / "store")
     store.verify()
     for position in positions:
-        assert store.images(position, [0, 1]).shape == (2, 2, 1, 10, host.architecture.width_of(position))
+        kept = 10 if position.endswith("img") else WORDS  # of a prompt's tokens all
+        assert store.images(position, [0, 1]).shape == (2, 2, 1, kept, host.architecture.width_of(position))
 
     routes = route(store, "weapons", "weapons")
     assert len(routes) == 6 and set(chosen(routes, host.architecture)) <= set(positions)
