@@ -45,7 +45,7 @@ class CaptureActivations(io.ComfyNode):
                     default=0,
                     min=0,
                     max=1_000_000,
-                    tooltip="How many tokens of each image to keep, drawn at random; of texts all are. 0: all.",
+                    tooltip="How many tokens of each image to keep, drawn at random; of texts, all. 0: all.",
                 ),
                 io.Int.Input(
                     "pairs_per_shard",
