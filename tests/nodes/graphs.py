@@ -636,8 +636,8 @@ def the_plain_models_picture_scaled_and_sampled_again(b: Build) -> None:
 
 
 JOINED: dict[str, dict[str, Any]] = {
-    "LatentBatch": {}, "LatentBlend": {"blend_factor": 0.5}, "LatentInterpolate": {"ratio": 0.5},
-    "LatentAdd": {}, "LatentSubtract": {}, "LatentConcat": {"dim": "x"},
+    "LatentBatch": {}, "LatentBlend": {"blend_factor": 0.5}, "LatentAdd": {}, "LatentSubtract": {},
+    "LatentConcat": {"dim": "x"},
 }  # fmt: skip
 
 
