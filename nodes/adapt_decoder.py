@@ -18,7 +18,7 @@ class AdaptDecoder(io.ComfyNode):
             display_name="Adapt Decoder",
             category=sockets.MAKING,
             description="Teaches a dictionary one more risk domain: its encoder stays as it is, and only the "
-            "decoder's rows of that domain's features move.",
+            "decoder's rows of that domain's features move. Strengths are tuned and its gate is calibrated.",
             is_input_list=True,
             inputs=[
                 sockets.Activations.Input(
@@ -27,7 +27,8 @@ class AdaptDecoder(io.ComfyNode):
                 sockets.Dictionary.Input("dictionary"),
                 sockets.Prompts.Input(
                     "calibration",
-                    tooltip="Prompts of their own, none of them captured, that the gate is calibrated on.",
+                    tooltip="Prompts of their own, none of them captured, that strengths are tuned and the "
+                    "gate is calibrated on.",
                 ),
                 io.String.Input("domain", default="", tooltip="The risk domain to add."),
                 io.String.Input(

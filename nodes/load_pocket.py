@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
 from . import sockets
+
+if TYPE_CHECKING:
+    from ..safedig_core.pocket.text import TextEncoder
 
 
 class LoadPocketModel(io.ComfyNode):
@@ -19,9 +22,10 @@ class LoadPocketModel(io.ComfyNode):
             node_id="SafeDIGLoadPocketModel",
             display_name="Load Pocket Model",
             category=sockets.CATEGORY,
-            description="A tiny FLUX or SD3.5 that paints emoji scenes, to try steering on any computer. "
-            "Prompts are like 'a cat and a pistol'. An empty latent of 128 x 128 gives its pictures of "
-            "64 x 64; 16 steps, cfg 2.5, sampler euler, scheduler simple.",
+            description="A tiny FLUX that paints emoji scenes, to try steering on any computer. "
+            "Prompts are English sentences about a few objects, such as 'a cat next to a pistol'. An empty "
+            "latent of 128 x 128 gives its pictures of 64 x 64; 10 steps, cfg 2.5, sampler euler, scheduler "
+            "simple.",
             inputs=[io.Combo.Input("name", options=list(MODELS), default=MODELS[0])],
             outputs=[
                 io.Model.Output(display_name="model"),
@@ -36,18 +40,16 @@ class LoadPocketModel(io.ComfyNode):
 
         from ..safedig_core.pocket.autoencoder import Autoencoder
         from ..safedig_core.pocket.model import WEIGHTS
-        from ..safedig_core.pocket.text import WordEncoder
+        from ..safedig_core.pocket.text import TextEncoder
 
-        paths = {part: WEIGHTS / f"{part}.safetensors" for part in (name, f"{name}-words", "autoencoder")}
-        for path in paths.values():
+        names = f"{name}.safetensors", "autoencoder.safetensors", "text.safetensors", "text-vocabulary.txt"
+        weights, autoencoder, *text = (WEIGHTS / file for file in names)
+        for path in (weights, autoencoder, *text):
             _require(path)
-        words = WordEncoder()
-        words.load_state_dict(load_file(paths[f"{name}-words"]))
-        state = load_file(paths[name])
-        model = flux_model(state) if name == "pocket-flux" else sd3_model(state)
-        autoencoder = Autoencoder(**load_file(paths["autoencoder"]))
-        vae = PocketVAE(autoencoder, model.model.latent_format)
-        return io.NodeOutput(model, PocketText(words.eval()), vae)
+        state = load_file(weights)
+        model = flux_model(state)
+        vae = PocketVAE(Autoencoder(**load_file(autoencoder)), model.model.latent_format)
+        return io.NodeOutput(model, PocketText(TextEncoder(*text)), vae)
 
 
 def _require(path: Path) -> None:
@@ -66,6 +68,7 @@ def flux_model(state: dict[str, Any]) -> Any:
     assert detected is not None
     width, text_width = state["txt_in.weight"].shape
     sizes = {"hidden_size": width, "num_heads": width // 128, "context_in_dim": text_width}
+    sizes["vec_in_dim"] = state["vector_in.in_layer.weight"].shape[1]
     config = supported_models.FluxSchnell(detected | sizes)
     device = model_management.get_torch_device()
     dtypes = config.supported_inference_dtypes
@@ -77,29 +80,21 @@ def flux_model(state: dict[str, Any]) -> Any:
     return managed(model)
 
 
-def sd3_model(state: dict[str, Any]) -> Any:
-    """A ModelPatcher of an SD3.5, which every ComfyUI's own loader makes."""
-    from comfy import sd
-
-    return sd.load_diffusion_model_state_dict(state)
-
-
 class PocketText:
-    """The word-level text encoder, with what CLIP Text Encode asks of a CLIP."""
+    """The pocket models' text encoder, with what CLIP Text Encode asks of a CLIP. It runs on the CPU, in a
+    few milliseconds, and reads weights of words, as in (cat:1.2), as they are written."""
 
-    def __init__(self, words: Any):
-        self._words = words
+    def __init__(self, encoder: TextEncoder):
+        self._encoder = encoder
 
-    def tokenize(self, text: str) -> Any:
-        from ..safedig_core.pocket.text import words_of
+    def tokenize(self, text: str) -> dict[str, list[list[tuple[int, float]]]]:
+        (ids,) = self._encoder.ids([text])
+        return {"minilm": [[(token, 1.0) for token in ids]]}
 
-        return {"words": [[(word, 1.0) for word in words_of(text)]]}
-
-    def encode_from_tokens_scheduled(self, tokens: Any) -> list:
-        from ..safedig_core.pocket.text import tokenize
-
-        (words,) = tokens["words"]
-        sequence, pooled = self._words(tokenize([" ".join(word for word, _ in words)]))
+    def encode_from_tokens_scheduled(self, tokens: dict[str, list[list[tuple[int, float]]]]) -> list:
+        """One conditioning: sequence [1, 32, 384], pooled vector [1, 384]."""
+        (weighted,) = tokens["minilm"]
+        sequence, pooled = self._encoder.states([[token for token, _ in weighted]])
         return [[sequence, {"pooled_output": pooled}]]
 
 

@@ -1,4 +1,4 @@
-"""Train Dictionary: one sparse autoencoder per position, its harmful features, and a gate."""
+"""Train Dictionary: one sparse autoencoder per position, the features that act and tell, and a gate."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from . import sockets
 if TYPE_CHECKING:
     from .bridge.chain import Making
 
-BLEND = "How far activations move toward their safe rewrite. 0: not at all."
-REPEL = "How much of what is risky is taken away. 0: nothing."
+BLEND = (
+    "The largest strength that tuning may choose for moving activations toward their safe rewrite. 0: none."
+)
+REPEL = "The largest strength that tuning may choose for taking away what is risky. 0: none."
 
 
 def calibration_inputs() -> list[io.Input]:
     """Of Train Dictionary and Adapt Decoder: what is at the end of both."""
     return [
-        io.Float.Input("blend", default=1.0, min=0.0, max=10.0, step=0.05, tooltip=BLEND),
-        io.Float.Input("repel", default=0.5, min=0.0, max=10.0, step=0.05, tooltip=REPEL),
+        io.Float.Input("blend", default=2.0, min=0.0, max=10.0, step=0.05, tooltip=BLEND),
+        io.Float.Input("repel", default=1.0, min=0.0, max=10.0, step=0.05, tooltip=REPEL),
         io.Float.Input(
             "window_end",
             default=0.5,
@@ -47,15 +49,17 @@ class TrainDictionary(io.ComfyNode):
             node_id="SafeDIGTrainDictionary",
             display_name="Train Dictionary",
             category=sockets.MAKING,
-            description="Trains a sparse autoencoder at each position, finds the features of the risk, and "
-            "calibrates the gate. Stop it at any time: queued again, it goes on where it was.",
+            description="Trains a sparse autoencoder at each position, finds the features that act on the "
+            "risk and those that tell of it, tunes strengths and calibrates the gate. Stop it at any time: "
+            "queued again, it goes on where it was.",
             is_input_list=True,
             inputs=[
                 sockets.Activations.Input("activations"),
                 sockets.Positions.Input("positions", tooltip="From Route Positions."),
                 sockets.Prompts.Input(
                     "calibration",
-                    tooltip="Prompts of their own, none of them captured, that the gate is calibrated on.",
+                    tooltip="Prompts of their own, none of them captured, that strengths are tuned and the "
+                    "gate is calibrated on.",
                 ),
                 io.String.Input(
                     "source",

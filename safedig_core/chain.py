@@ -1,7 +1,7 @@
 """The order of steps from captured activations to a dictionary, and what they need.
 
-The store's pairs are split: three in four train the SAEs and the adapters, every fourth chooses the harmful
-features. The gate is calibrated on prompts and noise of its own.
+The store's pairs train the SAEs (three in four; quality is measured on the rest), the paired maps and the
+gate's read-outs. Strengths are tuned, and the gate is calibrated, on prompts and noise of their own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,26 @@ from torch import Tensor
 from . import __version__
 from .dictionary.dictionary import (
     Action,
+    Adapters,
     Card,
     Dictionary,
     DictionaryError,
     Domain,
+    Gate,
     PositionInfo,
+    Witness,
     read_card,
     save_adapter,
     save_dictionary,
 )
 from .distributed import ALONE, Group
-from .features import SELECT_EVERY, choose_features, split
+from .features import SELECT_EVERY, read_out, split
 from .files import clear_parts, digest, need, replacing
 from .hosts.host import Host
 from .hosts.taps import ReplaceTap
 from .progress import Progress, nothing
 from .prompts import SAFE, PromptPair, fingerprint
+from .reading import Reading, read
 from .recipe import Credits, Recipe
 from .routing import Scores
 from .sae import SAE, quality
@@ -46,9 +50,10 @@ from .steering.gate import calibrate
 from .store.store import BUFFER, ActivationStore
 from .training import Curve, read_curve, train_sae
 from .transfer import fit_adapter
+from .tuning import tune
 
 _OTHER_NAME = "choose another name, or have it overwritten (--overwrite)"
-LEAST = SELECT_EVERY + 1  # lines of a domain: with fewer, its features would be chosen on a single one
+LEAST = SELECT_EVERY + 1  # lines of a domain: with fewer, quality would be measured on a single one
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,10 @@ class Chain:
 
     Args:
         host: hands over the model that the store was captured from, and may load it first.
-        calibration: prompts for the gate, none of them captured: of the domain, and purely safe ones.
+        calibration: prompts for strengths and gate, none of them captured: of the domain, and purely safe
+            ones.
+        texts: prompts that only the text encoder reads (reading.py): safe ones, many and varied, and pairs.
+            Those that are among `calibration` too are left out.
         processes: train together; the first does all the rest, while the others return.
     """
 
@@ -82,6 +90,7 @@ class Chain:
     credits: Credits
     progress: Progress = nothing
     processes: Group = ALONE
+    texts: Sequence[PromptPair] = ()
 
     def require(self, path: Path, domain: str, positions: Collection[str] = (), source: str = "") -> None:
         """Checks what everything that is made for `domain` needs; `source` is what an adapter replays.
@@ -106,7 +115,7 @@ class Chain:
         for name in (domain, SAFE):
             some = any(pair.domain == name for pair in self.calibration)
             need(some, f"The calibration prompts have none of '{name}': the gate needs some.")
-        captured = {text for pair in self.store.prompts for text in pair.texts}
+        captured = {text for pair in self.store.prompts for text in pair.texts if text}  # "" may recur
         again = sum(not captured.isdisjoint(pair.texts) for pair in self.calibration)
         need(
             not again,
@@ -130,6 +139,7 @@ class Chain:
             fingerprint(self.calibration),
             asdict(self.recipe),
             asdict(self.credits),
+            fingerprint(self.texts),
             __version__,
             domain,
             what,
@@ -195,35 +205,45 @@ class Chain:
         if self._is_made(path, identity, overwrite):
             return
         self._require_model()
-        found = Domain({}, {}, None)
-        adapters: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        found, told, adapters = Domain({}), dict[str, Witness](), Adapters()
         for done, position in enumerate(card.positions):
             self.progress(f"adapt to {domain}", done, len(card.positions))
             sae = dictionary.sae(position)
-            features, weights = choose_features(self.store, position, sae, domain, self.recipe)
-            found.features[position], found.weights[position] = features, weights
-            index = torch.tensor(features, dtype=torch.int64)
-            delta = fit_adapter(self.store, position, sae.rows(index), domain, source, self.recipe)
-            adapters[position, domain] = (index, delta)
+            rows, delta = self._adapter(position, sae, domain, source)
+            found.features[position], adapters[position, domain] = rows.tolist(), (rows, delta)
+            told[position] = self._witness(position, sae, domain)
+        found.gate = _uncalibrated(told)
         scores: dict[str, Scores] = {}
         for action in card.plan:
             scores.setdefault(action.position, {})[action.operator] = action.score
-        pairs = len(split(self.store.indices(domain))[0])
+        pairs = len(self.store.indices(domain))
         training = asdict(self.recipe) | {"source": source, "pairs": pairs, "made_from": identity}
         made = replace(self._card(domain, found, scores, training), base_sha256=dictionary.sha256)
         self._write(path, made, lambda part: save_adapter(part, made, adapters), dictionary.with_adapters)
 
     def _training(self, source: str) -> str:
         """Stands for all that an SAE depends on."""
-        return digest(self.store.settings.to_json(), source, asdict(self.recipe.train), __version__)[:16]
+        what = (source, asdict(self.recipe.train), fingerprint(self._texts), __version__)
+        return digest(self.store.settings.to_json(), *what)[:16]
 
     def _train(self, position: str, source: str, checkpoint: Path) -> tuple[SAE, Curve]:
-        """On the source's pairs and purely safe prompts alone: the encoder belongs to the source domain."""
+        """On the source's pairs and safe prompts alone: the encoder belongs to the source domain. At `text`
+        and `pooled`, half of each batch is of `texts`."""
         s, store = self.recipe.train, self.store
         pairs = [pair for name in (source, SAFE) for pair in split(store.indices(name))[0]]
+        reading = self._reading.get(position)
+        tokens = None if reading is None else torch.cat([*reading.safe, *reading.unsafe_of(source)])
 
         def batches(epoch: int) -> Iterator[Tensor]:
-            return store.batches(position, s.batch, s.seed + epoch, pairs=pairs)
+            captured = store.batches(position, s.batch, s.seed + epoch, pairs=pairs)
+            if tokens is None:
+                yield from captured
+                return
+            generator = torch.Generator().manual_seed(s.seed + epoch)
+            for batch in captured:
+                half = len(batch) // 2
+                drawn = torch.randint(len(tokens), (len(batch) - half,), generator=generator)
+                yield torch.cat([batch[:half], tokens[drawn].float()])
 
         def report(step: int, figures: dict[str, float]) -> None:
             what = f"train {position}  fvu {figures['fvu']:.3f}  dead {figures['dead']:.2f}"
@@ -239,28 +259,49 @@ class Chain:
         scores: Mapping[str, Scores],
         training: dict[str, Any],
     ) -> None:
-        """From SAEs to a dictionary: chooses the source domain's harmful features, adapts the decoder to its
-        safe rewrites, measures, calibrates and writes."""
+        """From SAEs to a dictionary: chooses the source domain's features, adapts the decoder to its safe
+        rewrites, measures, tunes, calibrates and writes."""
         store, held_out = self.store, split(self.store.indices(source))[1]
-        ordered: dict[str, SAE] = {}
-        infos: dict[str, PositionInfo] = {}
-        domain = Domain({}, {}, None)
-        adapters: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        ordered, infos = dict[str, SAE](), dict[str, PositionInfo]()
+        domain, told, adapters = Domain({}), dict[str, Witness](), Adapters()
         for done, (position, sae) in enumerate(saes.items()):
             self.progress("choose features and measure", done, len(saes))
-            features, weights = choose_features(store, position, sae, source, self.recipe)
-            rest = sorted(set(range(sae.features)) - set(features))
-            sae = sae.rows(torch.tensor(features + rest))  # harmful features first
+            rows, delta = self._adapter(position, sae, source, source)
+            witness = self._witness(position, sae, source)
+            needed = sorted({*rows.tolist(), *witness.features})  # these come first
+            place = {feature: i for i, feature in enumerate(needed)}
+            sae = sae.rows(torch.tensor(needed + sorted(set(range(sae.features)) - set(needed))))
             measured = quality(sae, (store.tokens(position, [pair]) for pair in held_out))
-            measured["loss_recovered"] = loss_recovered(self._model, store, position, sae, held_out)
-            infos[position] = PositionInfo(len(features), measured)
-            index = list(range(len(features)))
-            ordered[position] = sae
-            domain.features[position], domain.weights[position] = index, weights
-            delta = fit_adapter(store, position, sae.rows(slice(0, len(index))), source, source, self.recipe)
-            adapters[position, source] = (torch.tensor(index, dtype=torch.int64), delta)
+            measured["loss_recovered"] = loss_recovered(self.model, store, position, sae, held_out)
+            ordered[position], infos[position] = sae, PositionInfo(len(needed), measured)
+            domain.features[position] = [place[f] for f in rows.tolist()]
+            moved = torch.tensor(domain.features[position], dtype=torch.int64)  # there may be none
+            adapters[position, source] = moved, delta
+            told[position] = replace(witness, features=[place[f] for f in witness.features])
+        domain.gate = _uncalibrated(told)
         card = replace(self._card(source, domain, scores, training | {"source": source}), positions=infos)
         self._write(path, card, lambda part: save_dictionary(part, card, ordered, adapters), Dictionary.open)
+
+    def _adapter(self, position: str, sae: SAE, domain: str, source: str) -> tuple[Tensor, Tensor]:
+        reading = self._reading.get(position)
+        return fit_adapter(self.store, position, sae, domain, source, self.recipe, reading)
+
+    def _witness(self, position: str, sae: SAE, domain: str) -> Witness:
+        """What tells `domain` at a position, before it is calibrated."""
+        reading = self._reading.get(position)
+        features, weights = read_out(self.store, position, sae, domain, self.recipe, reading)
+        return Witness(features, weights, 0.0, 1.0, self.recipe.window_at(position))
+
+    @cached_property
+    def _reading(self) -> dict[str, Reading]:
+        """By position, what the text encoder makes of `texts`; nothing where there are none."""
+        return read(self.model, self._texts, partial(self.progress, "read texts")) if self._texts else {}
+
+    @cached_property
+    def _texts(self) -> list[PromptPair]:
+        """`texts`, but for those that strengths and gate are set on."""
+        held = {text for pair in self.calibration for text in pair.texts}
+        return [pair for pair in self.texts if held.isdisjoint(pair.texts)]
 
     def _card(
         self, name: str, domain: Domain, scores: Mapping[str, Scores], training: dict[str, Any]
@@ -268,7 +309,7 @@ class Chain:
         return Card(
             self.store.architecture,
             domains={name: domain},
-            plan=_plan(domain, name, scores, self.recipe),
+            plan=candidates(domain, name, scores, self.recipe),
             training=training,
             licence=self.credits.licence,
             creator=self.credits.creator,
@@ -279,19 +320,22 @@ class Chain:
     def _write(
         self, path: Path, card: Card, save: Callable[[Path], None], opened: Callable[[Path], Dictionary]
     ) -> None:
-        """Saves the card's file, calibrates the gate with it, and saves it again, gate included: only that is
-        ever at `path`. Without a gate a dictionary acts on every picture."""
+        """Saves the card's file, tunes the plan and calibrates the gate with it, and saves it again: only
+        that is ever at `path`. Without a gate a dictionary acts on every picture."""
         (name,) = card.domains
-
-        def report(done: int, total: int) -> None:
-            self.progress(f"calibrate {name}", done, total)
-
+        mine = [pair for pair in self.calibration if pair.domain == name]
         clear_parts(path.parent, path.name)
         with replacing(path) as part:
             save(part)
+            tuned = tune(self.model, opened(part), card.plan, mine, partial(self.progress, f"tune {name}"))
+            card.plan[:] = tuned.plan
+            card.training["recovery"] = tuned.recovery
+            card.training["tried"] = [list(one) for one in tuned.tried]
             rate = self.recipe.false_positive_rate
-            gate = calibrate(self._model, opened(part), name, self.calibration, rate, report)
-            card.domains[name] = replace(card.domains[name], gate=gate)
+            report = partial(self.progress, f"calibrate {name}")
+            card.domains[name].gate = calibrate(
+                self.model, opened(part), name, self.calibration, rate, report
+            )
             save(part)
 
     def _is_made(self, path: Path, identity: str, overwrite: bool) -> bool:
@@ -309,7 +353,7 @@ class Chain:
         return made
 
     def _require_model(self) -> None:
-        theirs, ours = self.store.architecture, self._model.architecture
+        theirs, ours = self.store.architecture, self.model.architecture
         need(
             theirs == ours,
             f"{self.store.folder} was captured from a {theirs.describe()}, and this model is a "
@@ -317,7 +361,8 @@ class Chain:
         )
 
     @cached_property
-    def _model(self) -> Host:
+    def model(self) -> Host:
+        """Loaded once, by whoever asks first."""
         return self.host()
 
 
@@ -338,18 +383,12 @@ def _require_disk(needed: int, folder: Path) -> None:
     )
 
 
-def _plan(domain: Domain, name: str, scores: Mapping[str, Scores], recipe: Recipe) -> list[Action]:
-    """Acts where the domain has harmful features. Raises ValueError where it has none at all: a dictionary
-    that never acts must not be taken for one that found nothing.
+def _uncalibrated(told: dict[str, Witness]) -> Gate:
+    return Gate(told, 0.0, 1.0, 0)
 
-    The prompt's tokens are steered at all steps: they leave no speckle, and what an image is to show is
-    read from them up to the last one."""
-    positions = [position for position, features in domain.features.items() if features]
-    if not positions:
-        raise ValueError(
-            f"no feature at {', '.join(domain.features)} is specific to '{name}': capture more pairs of it, "
-            "train for more steps, or choose other positions"
-        )
+
+def candidates(domain: Domain, name: str, scores: Mapping[str, Scores], recipe: Recipe) -> list[Action]:
+    """What tuning chooses from: both operators wherever a feature acts, with the largest strength allowed."""
     strengths = {"blend": recipe.blend, "repel": recipe.repel}
     return [
         Action(
@@ -357,13 +396,13 @@ def _plan(domain: Domain, name: str, scores: Mapping[str, Scores], recipe: Recip
             operator,
             "residual",
             strength,
-            recipe.window if position.endswith("img") else (1.0, 0.0),
+            recipe.window_at(position),
             dict(scores.get(position, {}).get(operator, {})),
             name,
         )
-        for position in positions
         for operator, strength in strengths.items()
-        if strength > 0
+        for position, features in domain.features.items()
+        if features and strength > 0
     ]
 
 

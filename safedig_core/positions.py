@@ -1,25 +1,27 @@
 """Where a diffusion transformer can be read and steered, and how those places are named.
 
 A position is the residual stream that leaves a block, for one of its two token streams:
-`text` (the prompt sequence that enters the transformer), `double.<i>.img`, `double.<i>.txt`,
-`single.<i>.img`, `single.<i>.txt` (FLUX), `joint.<i>.img`, `joint.<i>.txt` (SD3.5).
+`double.<i>.img`, `double.<i>.txt`, `single.<i>.img`, `single.<i>.txt` (FLUX), `joint.<i>.img`,
+`joint.<i>.txt` (SD3.5); or what the prompt is when it enters the transformer: `text`, its sequence, and
+`pooled`, its vector, as a sequence of one token.
 Files, widgets and reports all use these names.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 GROUPS = ("text", "bind", "render")
 FAMILIES = ("flux", "sd3")
 
+PROMPT = ("text", "pooled")  # what enters the transformer
 _NAME = re.compile(r"(?P<kind>double|single|joint)\.(?P<index>0|[1-9][0-9]{0,3})\.(?P<stream>img|txt)")
 
 
 @dataclass(frozen=True)
 class Position:
-    """One position. `index` is -1 for `text`."""
+    """One position. `index` is -1 for `text` and `pooled`."""
 
     kind: str
     index: int
@@ -28,18 +30,18 @@ class Position:
     @classmethod
     def parse(cls, name: str) -> Position:
         """Raises ValueError for anything that is not a position's name."""
-        if name == "text":
-            return cls("text", -1, "txt")
+        if name in PROMPT:
+            return cls(name, -1, "txt")
         match = _NAME.fullmatch(name)
         if match is None:
             raise ValueError(
-                f"'{name[:60]}' is not a position: expected text, double.<i>.img, double.<i>.txt, "
+                f"'{name[:60]}' is not a position: expected text, pooled, double.<i>.img, double.<i>.txt, "
                 "single.<i>.img, single.<i>.txt, joint.<i>.img or joint.<i>.txt"
             )
         return cls(match["kind"], int(match["index"]), match["stream"])
 
     def __str__(self) -> str:
-        return "text" if self.kind == "text" else f"{self.kind}.{self.index}.{self.stream}"
+        return self.kind if self.kind in PROMPT else f"{self.kind}.{self.index}.{self.stream}"
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,22 @@ class Architecture:
     """The shapes that identify a model: what a dictionary must fit.
 
     `blocks` counts (double, single) for FLUX and (joint, 0) for SD3.5; `width` is the residual
-    stream's, `text_width` that of the prompt sequence.
+    stream's, `text_width` that of the prompt sequence, `pooled_width` that of the prompt's vector: 0 where
+    the model takes none, and in what was written before there was such a position.
     """
 
     family: str
     blocks: tuple[int, int]
     width: int
     text_width: int
+    pooled_width: int = 0
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"unknown model family '{self.family}': expected one of {', '.join(FAMILIES)}")
 
     def positions(self) -> tuple[str, ...]:
-        """All positions in the order in which a forward pass reaches them."""
+        """All positions in the order in which a forward pass reaches them; `pooled` comes before `text`."""
         first, second = self.blocks
         if self.family == "flux":
             names = [f"double.{i}.{s}" for i in range(first) for s in ("txt", "img")]
@@ -68,15 +72,15 @@ class Architecture:
         else:
             names = [f"joint.{i}.{s}" for i in range(first) for s in ("txt", "img")]
             names.remove(f"joint.{first - 1}.txt")  # the last block drops its text stream
-        return ("text", *names)
+        return (*(PROMPT if self.pooled_width else PROMPT[:1]), *names)
 
     def width_of(self, position: str) -> int:
-        return self.text_width if position == "text" else self.width
+        return {"text": self.text_width, "pooled": self.pooled_width}.get(position, self.width)
 
     def group(self, position: str) -> str:
         """The functional group: `text`, `bind` (streams mix) or `render`."""
         parsed = Position.parse(position)
-        if parsed.kind == "text":
+        if parsed.kind in PROMPT:
             return "text"
         if parsed.kind == "joint":  # SD3.5 has no single-stream blocks
             return "render" if parsed.index >= self.blocks[0] - self.blocks[0] // 3 else "bind"
@@ -88,23 +92,32 @@ class Architecture:
         if position not in self.positions():
             raise ValueError(f"this {self.describe()} has no position '{position}'")
 
+    def fits(self, model: Architecture) -> bool:
+        """Whether what was made for this architecture can act in `model`: all shapes are the same, or the
+        width of the prompt's vector is not known here, so that nothing acts on it."""
+        return replace(self, pooled_width=self.pooled_width or model.pooled_width) == model
+
     def describe(self) -> str:
         first, second = self.blocks
         blocks = f"{first} double + {second} single" if self.family == "flux" else f"{first} joint"
-        return f"{self.family} model ({blocks} blocks, width {self.width}, text width {self.text_width})"
+        widths = f"width {self.width}, text width {self.text_width}"
+        if self.pooled_width:
+            widths += f", pooled width {self.pooled_width}"
+        return f"{self.family} model ({blocks} blocks, {widths})"
 
     def to_json(self) -> dict:
         return asdict(self) | {"blocks": list(self.blocks)}
 
     @classmethod
     def from_json(cls, value: object) -> Architecture:
-        """Raises ValueError on anything but what `to_json` writes."""
-        if not isinstance(value, dict) or set(value) != {"family", "blocks", "width", "text_width"}:
-            raise ValueError("architecture must have exactly family, blocks, width and text_width")
-        blocks, width, text_width = value["blocks"], value["width"], value["text_width"]
+        """Raises ValueError on anything but what `to_json` writes, or wrote without `pooled_width`."""
+        names = {"family", "blocks", "width", "text_width"}
+        if not isinstance(value, dict) or set(value) - {"pooled_width"} != names:
+            raise ValueError("architecture must have exactly family, blocks, width, text_width, pooled_width")
+        blocks, widths = value["blocks"], (value["width"], value["text_width"], value.get("pooled_width", 0))
         if not (isinstance(blocks, list) and len(blocks) == 2):
             raise ValueError("architecture.blocks must be two counts")
-        for number, most in ((blocks[0], 1000), (blocks[1], 1000), (width, 65536), (text_width, 65536)):
+        for number, most in (*((n, 1000) for n in blocks), *((n, 65536) for n in widths)):
             if type(number) is not int or not 0 <= number <= most:
                 raise ValueError(f"architecture holds {number!r:.40} where a count up to {most} is expected")
-        return cls(str(value["family"]), (blocks[0], blocks[1]), width, text_width)
+        return cls(str(value["family"]), (blocks[0], blocks[1]), *widths)

@@ -16,11 +16,12 @@ class Recipe:
     Raises ValueError on numbers that are not finite or that no plan can have.
     """
 
-    blend: float = 1.0  # strengths, 0 to 10; 0 leaves the operator out
-    repel: float = 0.5
+    blend: float = 2.0  # the largest strengths that tuning may choose, 0 to 10; 0 leaves the operator out
+    repel: float = 1.0
     window: tuple[float, float] = (1.0, 0.5)  # of image tokens: later changes leave speckle
-    specificity: float = 0.75
-    most_features: int = 64
+    most_features: int = 128  # that act, at each position
+    most_telling: int = 256  # that the gate reads, at each witness
+    penalty: float = 1e-3  # of the read-out's weights, for features of unit deviation
     replay_weight: float = 0.2
     stability: float = 0.01
     false_positive_rate: float = 0.01
@@ -34,12 +35,18 @@ class Recipe:
         need(
             1 >= start >= end >= 0, f"the window {start} to {end} must run down, from at most 1 to at least 0"
         )
-        need(0 < self.specificity <= 1, f"specificity is {self.specificity}: it must be over 0, at most 1")
-        need(self.most_features >= 1, f"most_features is {self.most_features}: a domain needs at least one")
+        for name in ("most_features", "most_telling"):
+            need(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: a domain needs at least one")
+        need(0 < self.penalty < inf, f"penalty is {self.penalty}: it must be over 0")
         need(0 <= self.replay_weight < inf, f"replay_weight is {self.replay_weight}: it must not be under 0")
         need(0 < self.stability < inf, f"stability is {self.stability}: it must be over 0")
         rate = self.false_positive_rate
         need(0 < rate < 1, f"false_positive_rate is {rate}: it must lie between 0 and 1")
+
+    def window_at(self, position: str) -> tuple[float, float]:
+        """The noise levels at which a position is steered and read. Prompt tokens at all of them: they leave
+        no speckle, and what a picture is to show is read from them up to the last one."""
+        return self.window if position.endswith("img") else (1.0, 0.0)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ STRIDE = 3072
 EVALUATION = 2_000_000
 CALIBRATION = 3_500_000_000
 RECOVERY = 3_600_000_000
+TUNING = 3_700_000_000
+ROUTING = 3_800_000_000
 
 
 def of_capture(seed: int, pair: int) -> int:

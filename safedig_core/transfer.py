@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .features import split
+from .features import chunks
+from .prompts import SAFE
+from .reading import Reading
 from .recipe import Recipe
 from .sae import SAE
 from .store.store import ActivationStore
+
+CANDIDATES = 2048
 
 
 @dataclass
@@ -32,51 +36,88 @@ class Regression:
         self.gram += weight * z.T @ z
         self.cross += weight * z.T @ target
 
+    def solve(self, stability: float) -> Tensor:
+        """dW [R, d] with the least |target - dW^T z|^2 + stability tr(G)/R |dW|^2."""
+        ridge = stability * self.gram.diagonal().mean().clamp(min=1e-9)
+        return torch.linalg.solve(self.gram + ridge * torch.eye(len(self.gram)).double(), self.cross)
+
+    def of(self, rows: Tensor) -> Regression:
+        """The same for some of the features."""
+        return Regression(self.gram[rows][:, rows], self.cross[rows])
+
 
 def adapt_decoder(
-    rows: SAE,
-    pairs: Iterable[tuple[Tensor, Tensor]],
-    replay: Iterable[tuple[Tensor, Tensor]] = (),
-    safe: Iterable[Tensor] = (),
+    sae: SAE,
+    pairs: Callable[[], Iterable[tuple[Tensor, Tensor, float]]],
     *,
-    replay_weight: float = 0.2,
+    most: int,
     stability: float = 0.01,
-) -> Tensor:
-    """Decoder-only transfer: the change dW [R, d] of the rows of the harmful features.
+) -> tuple[Tensor, Tensor]:
+    """Decoder-only transfer: the features that act [R], ascending, and the change dW [R, d] of their rows.
 
-    `rows` is the frozen SAE of those features; `pairs` are (unsafe, safe) activations [N, d] of
-    the target domain, aligned by step and token; `replay` the same of the source domain; `safe`
-    activations that should not move. Minimises
+    `sae` is frozen; each time it is called, `pairs` gives activations [N, d], what they should become, and
+    how much they count: the target domain's pairs with 1, the source's with the replay weight, and safe
+    activations, which should stay. Minimises
 
-        sum |(a_safe - a_unsafe)/s - dW^T z_M|^2 + replay_weight * (the same on replay)
-            + sum |dW^T z_M(safe)|^2 + stability * tr(G)/R |dW|^2
+        sum weight |(a_safe - a_unsafe)/s - dW^T z_M|^2 + stability tr(G)/R |dW|^2
 
     exactly: with the encoder frozen this is least squares in dW, so the sums of z z^T and z
     delta^T (Regression) replace the paper's gradient steps (lr 5e-5), and repeat bit for bit.
+
+    M are the `most` features with the largest share in that map, the energy of z_j times |dW_j|^2, of all
+    features; of an SAE with more than CANDIDATES, of those that could do most alone.
     """
+    candidates = torch.arange(sae.features)
+    if sae.features > CANDIDATES:
+        alone = _alone(sae, pairs())
+        candidates = alone.topk(CANDIDATES).indices.sort().values
+    rows = sae.rows(candidates)
     sums = Regression.zeros(rows.features, rows.width)
-    for unsafe, rewritten in pairs:
-        sums.add(rows.encode(unsafe), (rewritten - unsafe) / rows.scale, 1.0)
-    for unsafe, rewritten in replay:
-        sums.add(rows.encode(unsafe), (rewritten - unsafe) / rows.scale, replay_weight)
-    for a in safe:
-        sums.add(rows.encode(a), torch.zeros_like(a), 1.0)
-    ridge = stability * sums.gram.diagonal().mean().clamp(min=1e-9)
-    return torch.linalg.solve(sums.gram + ridge * torch.eye(rows.features).double(), sums.cross).float()
+    for a, wanted, weight in pairs():
+        sums.add(rows.encode(a), (wanted - a) / rows.scale, weight)
+    contribution = sums.gram.diagonal() * sums.solve(stability).square().sum(1)
+    best = contribution.topk(min(most, len(contribution))).indices
+    best = best[contribution[best] > 0].sort().values
+    return candidates[best], sums.of(best).solve(stability).float()
+
+
+def _alone(sae: SAE, pairs: Iterable[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """How much of the wanted change each feature explains by itself, [F]."""
+    energy = torch.zeros(sae.features)
+    cross = torch.zeros(sae.features, sae.width)
+    for a, wanted, weight in pairs:
+        z = sae.encode(a)
+        energy += weight * z.square().sum(0)
+        cross += weight * z.T @ ((wanted - a) / sae.scale)
+    return cross.square().sum(1) / energy.clamp(min=1e-9)
 
 
 def fit_adapter(
-    store: ActivationStore, position: str, rows: SAE, domain: str, source: str, recipe: Recipe
-) -> Tensor:
-    """dW [R, d] of the harmful rows for `domain`, with replay of `source` where that is another."""
-    training = split(store.indices(domain))[0]
-    replay = split(store.indices(source))[0] if domain != source else []
-    safe = split(store.indices("safe"))[0]
-    return adapt_decoder(
-        rows,
-        (store.pairs(position, [p]) for p in training),
-        (store.pairs(position, [p]) for p in replay),
-        (image[-1].float().flatten(0, 1) for image in store.each(position, safe)),
-        replay_weight=recipe.replay_weight,
-        stability=recipe.stability,
-    )
+    store: ActivationStore,
+    position: str,
+    sae: SAE,
+    domain: str,
+    source: str,
+    recipe: Recipe,
+    reading: Reading | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The features that act for `domain`, and dW of their rows, with replay of `source` where that is
+    another domain. `reading`: pairs and safe prompts that only the text encoder read."""
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor, float]]:
+        for some in chunks(store.indices(domain)):
+            yield *store.pairs(position, some), 1.0
+        for some in chunks(store.indices(source) if domain != source else []):
+            yield *store.pairs(position, some), recipe.replay_weight
+        for some in chunks(store.indices(SAFE)):
+            safe = store.tokens(position, some)
+            yield safe, safe, 1.0
+        if reading is not None:
+            steps = len(store.settings.steps)  # a prompt's tokens are the same at all of them
+            for unsafe, safe in reading.pairs_of(domain):
+                yield unsafe, safe, float(steps)
+            for name, safe in zip(reading.domains, reading.safe, strict=True):
+                if name == SAFE:
+                    yield safe.float(), safe.float(), 1.0
+
+    return adapt_decoder(sae, pairs, most=recipe.most_features, stability=recipe.stability)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from safedig_core import chain as chain_module
-from safedig_core import features, recipe, routing, transfer
+from safedig_core import features, reading, recipe, routing, transfer, tuning
 from safedig_core.chain import LEAST, Chain
 from safedig_core.dictionary.dictionary import Dictionary, check
 from safedig_core.distributed import Group
@@ -29,10 +29,10 @@ from safedig_core.routing import Scores
 from safedig_core.sae import SAE
 from safedig_core.store.store import ActivationStore
 from safedig_core.training import TrainSettings
-from tests.tiny import MeasuredHost, captured, random_sae, run_and_die, sd3
+from tests.tiny import MeasuredHost, WordHost, captured, random_sae, run_and_die, sd3
 
 SMALL = TrainSettings(features=48, k=4, steps=50, batch=64, warmup=5)
-RECIPE = Recipe(train=SMALL, specificity=0.1, most_features=8)
+RECIPE = Recipe(train=SMALL, most_features=8, most_telling=8)
 POSITIONS: dict[str, Scores] = {
     "text": {"blend": {"score": 0.25, "cost": 0.5}, "repel": {"score": 0.5}},
     "double.1.img": {},
@@ -44,17 +44,18 @@ def lines(start: int, **counts: int) -> list[PromptPair]:
     found = [PromptPair("safe", f"a cat {start + i}") for i in range(counts.pop("safe", 0))]
     for domain, count in counts.items():
         for i in range(start, start + count):
-            found.append(PromptPair(domain, f"a {domain[0]} thing {i}", f"a {domain} {i}"))
+            found.append(PromptPair(domain, f"a {domain[0]}-thing {i}", f"a {domain} {i}"))
     return found
 
 
 TRAIN = lines(0, weapons=6, shock=6, safe=6)
 TUNE = lines(100, weapons=3, shock=3, safe=3)
+TEXTS = lines(200, weapons=4, shock=4, safe=9)
 
 
 @pytest.fixture(scope="module")
 def host(tiny_flux: torch.nn.Module) -> MeasuredHost:
-    return MeasuredHost(tiny_flux)
+    return WordHost(tiny_flux)
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +94,59 @@ def test_a_dictionary_and_an_adapter(chain: Chain, tmp_path: Path) -> None:
     )
     assert card.positions.keys() == POSITIONS.keys()
     scores = {(a.position, a.operator): a.score for a in card.plan}
-    assert scores["text", "blend"] == {"score": 0.25, "cost": 0.5} and scores["text", "repel"] == {
-        "score": 0.5
-    }
-    assert {operator for _, operator in scores} == {"blend", "repel"}
-    assert all(not score for (position, _), score in scores.items() if position != "text")
+    assert (
+        scores
+        and scores.items()
+        <= {
+            ("text", "blend"): {"score": 0.25, "cost": 0.5},
+            ("text", "repel"): {"score": 0.5},
+            ("double.1.img", "blend"): {},
+            ("double.1.img", "repel"): {},
+        }.items()
+    )
+    assert (
+        0 < card.training["recovery"] <= 1
+        and card.training["recovery"] in dict(card.training["tried"]).values()
+    )
+    assert all(a.domain == "weapons" and 0 < a.strength <= 2 for a in card.plan)
+    for position, acting in card.domains["weapons"].features.items():
+        assert len(acting) == 8 and card.positions[position].prefix <= 16
     adapter = check(adapt(chain, tmp_path))
     assert adapter.title == "shock for tiny" and adapter.domains["shock"].gate is not None
     for action in adapter.plan:
-        assert action.score == scores[action.position, action.operator] and action.domain == "shock"
+        assert action.score == scores.get((action.position, action.operator), {})
+        assert action.domain == "shock"
+
+
+def test_texts_are_read_where_the_text_encoder_is_enough(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At `text` they change the SAE, elsewhere nothing; and none that tunes or calibrates is read."""
+    plain, texts = tmp_path / "plain", tmp_path / "texts"
+    read: list[str] = []
+    states = WordHost.text_states
+
+    def watched(self: WordHost, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        read.extend(prompts)
+        return states(self, prompts)
+
+    train(chain, plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(WordHost, "text_states", watched)
+        patch.setattr(WordHost, "sample", lambda self, *_, **__: pytest.fail("it was sampled"))
+        patch.setattr(chain_module, "loss_recovered", lambda *_: 0.0)
+        patch.setattr(chain_module, "tune", lambda host, dictionary, plan, *_: pytest.fail("enough"))
+        with pytest.raises(pytest.fail.Exception, match="enough"):
+            train(replace(chain, texts=[*TEXTS, TUNE[0], TUNE[4]]), texts)
+        assert sorted(read) == sorted(text for pair in TEXTS for text in pair.texts)
+    train(replace(chain, texts=TEXTS), texts)
+    one, other = (Dictionary.open(folder / "w.safetensors") for folder in (plain, texts))
+
+    def rows(dictionary: Dictionary, position: str) -> torch.Tensor:
+        return dictionary.sae(position).encoder_weight.flatten().sort().values
+
+    assert torch.equal(rows(one, "double.1.img"), rows(other, "double.1.img"))
+    assert not torch.equal(rows(one, "text"), rows(other, "text"))
 
 
 def test_the_first_of_several_processes_writes(chain: Chain, tmp_path: Path) -> None:
@@ -135,6 +180,7 @@ MOMENTS: dict[str, Callable[[str, int], bool]] = {
     "first training": lambda what, done: what.startswith("train text") and done == 25,
     "second training": lambda what, done: what.startswith("train double") and done == 25,
     "choosing features": lambda what, done: what.startswith("choose") and done == 1,
+    "tuning": lambda what, done: what == "tune weapons" and done == 2,
     "first image of the gate": lambda what, done: what == "calibrate weapons" and done > 0,
     "last image of the gate": lambda what, done: what == "calibrate weapons" and done == 12,
     "adapting": lambda what, done: what.startswith("adapt to") and done == 1,
@@ -220,6 +266,7 @@ def test_its_own_result_is_kept_and_anything_else_refused(chain: Chain, tmp_path
         {"recipe": replace(RECIPE, train=replace(SMALL, seed=1))},
         {"credits": Credits("another title")},
         {"calibration": TUNE[1:]},
+        {"texts": TEXTS},
     ]
     for change in changes:
         for act in (train, adapt):
@@ -362,8 +409,9 @@ def test_a_disk_that_is_too_small_is_refused(
             {"window": w}
             for w in ((0.5, 1.0), (1.1, 0.5), (1.0, -0.1), (float("nan"), 0.5), (1.0, float("nan")))
         ),
-        *({"specificity": value} for value in (0.0, 1.1, float("nan"))),
+        *({"penalty": value} for value in (0.0, -1.0, float("nan"), float("inf"))),
         {"most_features": 0},
+        {"most_telling": 0},
         *({"replay_weight": value} for value in (-1.0, float("nan"), float("inf"))),
         *({"stability": value} for value in (0.0, float("nan"))),
         *({"false_positive_rate": value} for value in (0.0, 1.0, float("nan"))),
@@ -403,7 +451,7 @@ def test_credits_that_pass_are_stored(chain: Chain, tmp_path: Path) -> None:
 
 
 def test_no_function_of_the_chain_takes_more_than_seven_arguments() -> None:
-    for module in (chain_module, features, recipe, routing, transfer):
+    for module in (chain_module, features, reading, recipe, transfer, tuning):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__:
                 assert len(inspect.signature(function).parameters) <= 7, name
@@ -415,7 +463,7 @@ def test_no_function_of_the_chain_takes_more_than_seven_arguments() -> None:
 # memory
 
 
-def test_activations_are_read_one_pair_at_a_time(
+def test_activations_are_read_a_few_pairs_at_a_time(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever a split holds; training reads through a buffer of its own."""
@@ -427,12 +475,13 @@ def test_activations_are_read_one_pair_at_a_time(
 
     saes, origins = {"text": random_sae(24, 16, threshold=0.2)}, {"text": {"library": "none"}}
     monkeypatch.setattr(ActivationStore, "_rows", watched)
+    monkeypatch.setattr(features, "PAIRS_AT_ONCE", 2)
     chain.complete(tmp_path / "w.safetensors", "weapons", saes, origins)
     adapt(chain, tmp_path)
-    assert {count for name, count in read if name != "latents"} == {1}
+    assert max(count for name, count in read if name != "latents") == 2
     read.clear()
-    routing.route(chain.store, "weapons", "shock", samples=1)
-    assert max(count for name, count in read if name != "latents") == 1
+    routing.route(chain.model, chain.store, "weapons", "shock", chain.calibration, most_pairs=2)
+    assert max(count for name, count in read if name != "latents") == 2
 
 
 def test_an_sae_is_uploaded_once(chain: Chain, host: MeasuredHost, monkeypatch: pytest.MonkeyPatch) -> None:

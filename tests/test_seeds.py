@@ -18,6 +18,8 @@ PURPOSES = {
     "evaluation": seeds.of_evaluation,
     "calibration": lambda seed, image: seeds.CALIBRATION + image,
     "recovery": lambda seed, image: seeds.of_recovery(image),
+    "tuning": lambda seed, image: seeds.TUNING + image,
+    "routing": lambda seed, image: seeds.ROUTING + image,
 }
 
 

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from safedig_core.dictionary.dictionary import (
     Gate,
     PositionInfo,
     Window,
+    Witness,
     save_dictionary,
 )
 from safedig_core.hosts.hooks import architecture_of, attached
@@ -34,7 +36,8 @@ from safedig_core.sae import SAE
 from safedig_core.store.capture import capture, store_settings
 from safedig_core.store.store import ActivationStore, ActivationWriter
 
-TINY = Architecture("flux", (2, 2), 32, 16)
+TINY = Architecture("flux", (2, 2), 32, 16, 8)
+TINY_SD3 = Architecture("sd3", (2, 0), 128, 16, 8)  # of tests in ComfyUI
 
 
 def random_sae(features: int, width: int, seed: int = 0, threshold: float = 0.5) -> SAE:
@@ -66,12 +69,12 @@ def write_dictionary(
     positions = list(dict.fromkeys(action.position for action in plan))
     saes = {p: random_sae(features, architecture.width_of(p), i) for i, p in enumerate(positions)}
     index = {p: list(range(harmful)) for p in positions}
-    weights = {p: [1.0] * harmful for p in positions}
-    gate = Gate(dict.fromkeys(positions, 1.0), dict.fromkeys(positions, gate_window), threshold, 0.0, 10)
+    witness = Witness(list(range(harmful)), [1.0] * harmful, 0.0, 1.0, gate_window)
+    gate = Gate(dict.fromkeys(positions, witness), threshold, 0.0, 10)
     card = Card(
         architecture,
         positions={p: PositionInfo(harmful) for p in positions},
-        domains={d: Domain(index, weights, gate) for d in domains},
+        domains={d: Domain(index, gate) for d in domains},
         plan=plan,
     )
     g = torch.Generator().manual_seed(9)
@@ -82,6 +85,11 @@ def write_dictionary(
     }
     save_dictionary(path, card, saes, adapters)
     return Dictionary.open(path)
+
+
+def without_gates(dictionary: Dictionary) -> Dictionary:
+    """The same domains, which nothing can tell."""
+    return dictionary.with_domains({n: replace(d, gate=None) for n, d in dictionary.card.domains.items()})
 
 
 def rewritten(
@@ -182,6 +190,10 @@ class TinyHost:
     def prompt_tokens(self, prompts: Sequence[str]) -> list[list[str]]:
         return [prompt.split()[:5] for prompt in prompts]
 
+    def text_states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        words = torch.stack([self.words(prompt) for prompt in prompts])
+        return words, words.mean(1)[:, :8]
+
     @torch.no_grad()
     def sample(
         self,
@@ -194,8 +206,8 @@ class TinyHost:
         inputs |= {name: inputs[name].to(self.device) for name in ("img_ids", "txt_ids")}
         noise = [torch.randn(9, 16, generator=torch.Generator().manual_seed(s)) for s in seeds]
         x = torch.stack(noise).to(self.device)
-        words = torch.stack([self.words(prompt) for prompt in prompts]).to(self.device)
-        inputs |= {"encoder_hidden_states": words, "pooled_projections": words.mean(1)[:, :8]}
+        words, pooled = (given.to(self.device) for given in self.text_states(prompts))
+        inputs |= {"encoder_hidden_states": words, "pooled_projections": pooled}
         if tap is not None:
             tap.begin(len(prompts), self.steps, self.device)
         with attached(self.transformer, tap.positions, tap) if tap is not None else nullcontext():
@@ -260,6 +272,14 @@ class MeasuredHost(TinyHost):
         self, prompts: Sequence[str], latents: Tensor, seeds: Sequence[int], sigma: float, tap: Any = None
     ) -> float:
         return (self.sample(prompts, seeds, tap) - latents).square().mean().item()
+
+
+class WordHost(MeasuredHost):
+    """One that reads word by word, so that what it learns of a word holds in prompts that it never saw."""
+
+    def words(self, prompt: str) -> Tensor:
+        found = [super(WordHost, self).words(word)[0] for word in prompt.split()[:5]]
+        return torch.stack(found + [torch.zeros(16)] * (5 - len(found)))
 
 
 def captured(

@@ -151,7 +151,7 @@ function dictionaryOf(node) {
   return undefined;
 }
 
-const PARTS = { text: "prompt", double: "double-stream blocks", single: "single-stream blocks", joint: "joint blocks" };
+const PARTS = { text: "prompt", pooled: "prompt", double: "double-stream blocks", single: "single-stream blocks", joint: "joint blocks" };
 
 function showMap(node) {
   const view = addView(node, "map", 140);
@@ -194,7 +194,7 @@ function showMap(node) {
       const [part, index, stream] = name.split(".");
       const key = stream ? `${PARTS[part]}, ${stream === "img" ? "picture" : "prompt"}` : PARTS[part];
       if (!rows.has(key)) rows.set(key, []);
-      rows.get(key).push([name, index ?? "text"]);
+      rows.get(key).push([name, index ?? name]);
     }
     for (const [key, cells] of rows) {
       if (!cells.some(([name]) => name in card.positions)) continue;

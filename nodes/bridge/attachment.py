@@ -10,7 +10,7 @@ whether another node set it before or after. Four wrappers, from the outside in:
     OUTER_SAMPLE    guard     checks before and after a run
     SAMPLER_SAMPLE  sample    makes the run's buffers, once the models are on their device
     PREDICT_NOISE   evaluate  one evaluation of the model: the step that the receipt counts
-    APPLY_MODEL     forward   one forward pass: which rows the tap is given, the text, the hooks
+    APPLY_MODEL     forward   one forward pass: which rows the tap is given, the prompt, the hooks
 
 For the length of a run, a tripwire stands in the first block's place, and tells of a pass that went past
 these wrappers; and what comes after guidance is looked at, as guidance may paint the other prompt.
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ...safedig_core.hosts.host import Tap
-from ...safedig_core.positions import Position
+from ...safedig_core.positions import PROMPT, Position
 from .ledger import Record, executing
 from .models import architecture_of, transformer_of
 
@@ -202,7 +202,11 @@ class Attachment:
         sampling.tokens, sampling.text_tokens = math.prod(self._grid(x)), None
         sampling.sigma = self._level(t.flatten()[0])
         sampling.record.planned[-1] += len(sampling.rows)
-        if "text" in self.positions and c_crossattn is not None:
+        y = kwargs.get("y")
+        if y is not None and self._reaches("pooled", y, x):
+            y = y[:, None, : self.architecture.pooled_width]  # FLUX reads no more of it
+            kwargs["y"] = self._give("pooled", y.to(x.device))[:, 0]
+        if c_crossattn is not None and self._reaches("text", c_crossattn, x):
             c_crossattn = self._give("text", c_crossattn.to(x.device))
         replaced = options.get("patches_replace", {})
         blocks = dict(replaced.get("dit", {}))
@@ -219,12 +223,16 @@ class Attachment:
 
     # What they share.
 
+    def _reaches(self, position: str, given: Tensor, x: Tensor) -> bool:
+        """Whether the tap wants this part of the prompt, and it is there for each row of x."""
+        return position in self.positions and len(given) == len(x)
+
     def _make_hooks(self) -> dict[tuple[str, int], _BlockHook]:
         """One hook per block, with the names of the streams that the tap wants there."""
         hooks: dict[tuple[str, int], _BlockHook] = {}
         for name in self.positions:
             position = Position.parse(name)
-            if position.kind == "text":
+            if position.kind in PROMPT:
                 continue
             single = position.kind == "single"
             key = ("single_block" if single else "double_block", position.index)

@@ -24,9 +24,10 @@ from ...safedig_core.chain import Chain
 from ...safedig_core.dictionary.dictionary import Action, Dictionary, check
 from ...safedig_core.distributed import Group
 from ...safedig_core.files import clear_parts, replacing, sha256_of
-from ...safedig_core.prompts import SAFE, PromptPair
+from ...safedig_core.pocket.text import WIDTH as POCKET_WIDTH
+from ...safedig_core.prompts import SAFE, PromptPair, read_prompts
 from ...safedig_core.recipe import Credits, Recipe
-from ...safedig_core.routing import Scores
+from ...safedig_core.routing import Route, Scores, route
 from ...safedig_core.store.capture import capture
 from ...safedig_core.store.settings import StoreSettings
 from ...safedig_core.store.store import ActivationStore, ActivationWriter
@@ -34,6 +35,9 @@ from .host import ComfyHost, Conditioning
 from .workspace import Need, Progress, free_disk, free_memory, plain_name, require_room, training_device
 
 FEWER = "Choose fewer positions, steps or tokens per image."
+CORE = Path(__file__).parents[2] / "safedig_core"
+FULL_SIZE_TEXTS = (CORE / "prompt_pairs" / "safe.jsonl",)
+POCKET_TEXTS = tuple(CORE / "pocket" / "prompts" / f"{name}.jsonl" for name in ("usual", "vocabulary"))
 
 _hosts: dict[Path, ComfyHost] = {}  # of this session's captures, by folder
 _lost: Counter[Path] = Counter()  # how often one of them could no longer be used
@@ -49,6 +53,18 @@ class Captured:
     @property
     def store(self) -> ActivationStore:
         return ActivationStore(self.folder / "activations")
+
+    @property
+    def usual(self) -> list[PromptPair]:
+        """The pack's prompts that only the text encoder reads: safe ones, and of pocket models also pairs of
+        the captured domains. None where prompts came encoded: there is no CLIP to read them."""
+        store = self.store
+        if store.settings.sampler.get("text_encoder") == "given":
+            return []
+        pocket = store.architecture.text_width == POCKET_WIDTH
+        captured = {SAFE, *(pair.domain for pair in store.prompts)}
+        read = [pair for path in (POCKET_TEXTS if pocket else FULL_SIZE_TEXTS) for pair in read_prompts(path)]
+        return [pair for pair in read if pair.domain in captured]
 
 
 def texts_of(pairs: Sequence[PromptPair]) -> list[str]:
@@ -111,6 +127,38 @@ def _capture_needs(
     ]
 
 
+def routes_of(
+    captured: Captured,
+    source: str,
+    target: str,
+    pairs: Sequence[PromptPair],
+    given: Sequence[Conditioning] | None,
+    most: int,
+    progress: Progress,
+) -> list[Route]:
+    """Routes of all captured positions, from `most` of `pairs` of each domain; `given` as in Making."""
+    host = captured.host
+    wanted = pairs if given is not None else [pair for pair in pairs if pair.domain in (source, target)]
+    try:
+        prepare(host, wanted, given, progress)
+        return route(
+            host, captured.store, source, target, pairs, most_pairs=most,
+            progress=lambda done, total: progress("routing, position", done, total),
+        )  # fmt: skip
+    finally:
+        host.forget()
+
+
+def prepare(
+    host: ComfyHost, pairs: Sequence[PromptPair], given: Sequence[Conditioning] | None, progress: Progress
+) -> None:
+    """Encodes prompts before anything is sampled, or takes them as `given`."""
+    with torch.inference_mode():
+        host.prepare(
+            texts_of(pairs), given, progress=lambda done, total: progress("encoding prompts", done, total)
+        )
+
+
 @dataclass(frozen=True)
 class Making:
     """What Train Dictionary and Adapt Decoder have in common; `given` are the encoded calibration prompts,
@@ -164,16 +212,14 @@ class Making:
         title = self.credits.title or f"{domain} for {host.architecture.family}"
 
         def prepared() -> ComfyHost:
-            with torch.inference_mode():
-                host.prepare(
-                    texts_of(self.calibration),
-                    self.given,
-                    progress=lambda done, total: self.progress("encoding prompts", done, total),
-                )
+            prepare(host, self.calibration, self.given, self.progress)
             return host
 
-        credits = replace(self.credits, title=title)
-        return Chain(prepared, self.captured.store, self.calibration, self.recipe, credits, self.progress)
+        captured, credits = self.captured, replace(self.credits, title=title)
+        return Chain(
+            prepared, captured.store, self.calibration, self.recipe, credits, self.progress,
+            texts=captured.usual,
+        )  # fmt: skip
 
     def _path(self, chain: Chain, domain: str, *what: object) -> Path:
         """Of the finished file: its name stands for its settings."""

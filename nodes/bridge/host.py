@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ...safedig_core.hosts.host import Tap
 from .attachment import attach_tap
@@ -127,7 +128,8 @@ class ComfyHost:
         _, rows, columns = self.latent_shape
         text, _ = self._first
         image = (rows // PATCH) * (columns // PATCH)
-        return {p: image if p.endswith("img") else text for p in self.architecture.positions()}
+        found = {p: image if p.endswith("img") else text for p in self.architecture.positions()}
+        return found | ({"pooled": 1} if "pooled" in found else {})
 
     def prompt_tokens(self, prompts: Sequence[str]) -> list[list[str]]:
         """Each prompt's tokens as they stand in the sequence at `text`; "" for padding. Without a CLIP that
@@ -227,6 +229,18 @@ class ComfyHost:
         clip = self._held_clip()
         sequence, pooled, extra = _parts(clip.encode_from_tokens_scheduled(clip.tokenize(prompt)), prompt)
         return Encoded(sequence.cpu(), pooled.cpu(), extra)
+
+    def text_states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What `text` and `pooled` see: [B, T, d], of longer prompts too and then with zeros behind the
+        others, and [B, p]; float32 on the CPU. Nothing is kept.
+
+        Raises ValueError where nothing tells how to encode a prompt, or ComfyUI has let go of what does.
+        """
+        with torch.inference_mode():
+            parts = [self._encoded.get(prompt) or self._encode(prompt) for prompt in prompts]
+        sequences = pad_sequence([part.sequence[0].float() for part in parts], batch_first=True)
+        width = self.architecture.pooled_width  # FLUX reads no more of it
+        return sequences, torch.cat([part.pooled[:, :width].float() for part in parts])
 
     def sample(
         self,

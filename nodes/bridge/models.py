@@ -25,9 +25,11 @@ def architecture_of(model: Any) -> Architecture:
         raise ValueError(f"This model ({name}) can't be steered: {reason}.")
     if FAMILIES[name] == "flux":
         blocks = (len(module.double_blocks), len(module.single_blocks))
-        return Architecture("flux", blocks, module.hidden_size, module.params.context_in_dim)
-    text_width = module.context_embedder.in_features
-    return Architecture("sd3", (len(module.joint_blocks), 0), module.hidden_size, text_width)
+        widths = module.params.context_in_dim, module.params.vec_in_dim or 0  # FLUX.2 has no vector
+        return Architecture("flux", blocks, module.hidden_size, *widths)
+    blocks, pooled = (len(module.joint_blocks), 0), module.y_embedder
+    widths = module.context_embedder.in_features, 0 if pooled is None else pooled.mlp[0].in_features
+    return Architecture("sd3", blocks, module.hidden_size, *widths)
 
 
 def managed(module: Any) -> Any:

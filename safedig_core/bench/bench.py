@@ -18,7 +18,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..dictionary.dictionary import Action, Card, Dictionary, Domain, Gate, PositionInfo, save_dictionary
+from ..dictionary.dictionary import (
+    Action,
+    Card,
+    Dictionary,
+    Domain,
+    Gate,
+    PositionInfo,
+    Witness,
+    save_dictionary,
+)
 from ..evaluation import environment
 from ..hosts.host import Host
 from ..positions import Architecture
@@ -49,7 +58,7 @@ class Scale:
     words: int | None = None  # text tokens; as the real model has them
     tokens_kept: int = 256  # per image and step in capture
     features: int = 16_384
-    harmful: int = 64
+    harmful: int = 64  # features that act and tell
     dense_tokens: int = 128  # that dense SAEs are timed on; their work is proportional to tokens
     repeats: int = 3
     pairs: int = 4  # of the pocket model's prompts, for capture
@@ -112,9 +121,8 @@ def write_dictionary(
         saes[position] = SAE(
             rows, torch.zeros(count), torch.full((count,), 2.0), rows, zeros, zeros, torch.tensor(1.0)
         )
-    mine = dict.fromkeys(positions, index)
-    gate = Gate(dict.fromkeys(positions, 1.0), dict.fromkeys(positions, (1.0, 0.0)), 0.0, 0.0, 1)
-    domain = Domain(mine, dict.fromkeys(positions, [1.0] * len(index)), gate)
+    witness = Witness(index, [1.0] * len(index), 0.0, 1.0, (1.0, 0.0))
+    domain = Domain(dict.fromkeys(positions, index), Gate(dict.fromkeys(positions, witness), 0.0, 0.0, 1))
     card = Card(
         architecture,
         positions={p: PositionInfo(scale.harmful) for p in positions},
@@ -148,14 +156,14 @@ def full_size(family: str, scale: Scale) -> tuple[list[dict[str, Any]], dict[str
         with watch("capture"):
             capture(cast(Host, TimedHost(host, watch)), writer)
         store = ActivationStore(writer.folder)
-        with watch("routing"):
-            route(store, "weapons", "weapons")
         # capture samples both sides of a pair in one batch
         blocks = {name: median(watch.seconds[name]) / 2 for name in host.shape.repeats}
         plain = [a - b for a, b in zip(watch.seconds["sample"], watch.seconds["tap"], strict=True)]
         rest = max(median(plain) / 2 - sum(blocks.values()), 0.0)
         forward = rest + sum(host.shape.repeats[name] * seconds for name, seconds in blocks.items())
 
+        with watch("routing"):
+            route(host, store, "weapons", "weapons", PAIRS, most_pairs=len(PAIRS))
         path = Path(folder) / "dictionary.safetensors"
         write_dictionary(path, host.architecture, positions, scale)
         dictionary = Dictionary.open(path)

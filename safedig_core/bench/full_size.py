@@ -127,6 +127,16 @@ class FullSizeHost:
     def prompt_tokens(self, prompts: Sequence[str]) -> list[list[str]]:
         return [prompt.split()[: self.words] for prompt in prompts]
 
+    def text_states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        sequence, pooled = self._embed(prompts)
+        return sequence.float(), pooled.float()
+
+    def _embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Noise in the place of what an encoder makes of them: [B, words, 4096] and [B, pooled width]."""
+        widths = (self.words, self.architecture.text_width), (self.architecture.pooled_width,)
+        sequence, pooled = (torch.stack([_noise(prompt, size) for prompt in prompts]) for size in widths)
+        return sequence, pooled
+
     @torch.no_grad()
     def sample(
         self,
@@ -139,12 +149,11 @@ class FullSizeHost:
         images, flux = len(prompts), self.architecture.family == "flux"
         size = (self.grid**2, 64) if flux else (16, 2 * self.grid, 2 * self.grid)
         x = torch.stack([_noise(seed, size) for seed in seeds])
+        sequence, pooled = self._embed(prompts)
         inputs = {
             "hidden_states": x,
-            "encoder_hidden_states": torch.stack([_noise(p, (self.words, 4096)) for p in prompts]),
-            "pooled_projections": torch.stack(
-                [_noise(p, (self.shape.config["pooled_projection_dim"],)) for p in prompts]
-            ),
+            "encoder_hidden_states": sequence,
+            "pooled_projections": pooled,
             "timestep": torch.ones(images, dtype=torch.bfloat16),
         }
         if flux:

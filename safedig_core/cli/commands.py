@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..chain import Chain, require_name
-from ..dictionary.card import card_text
-from ..dictionary.dictionary import Dictionary, check, read_card
+from ..chain import Chain, candidates, require_name
+from ..dictionary.card import Card, card_text
+from ..dictionary.dictionary import Dictionary, check, read_card, save_with_card
 from ..files import sha256_of
 from ..hub.transfer import locate
 from ..interop.convert import export_saelens, import_saes, save_imported
 from ..positions import Architecture
 from ..progress import Progress
-from ..prompts import read_prompts
+from ..prompt_pairs.safe_prompts import FOLDER as PROMPT_PAIRS
+from ..prompts import PromptPair, read_prompts
 from ..recipe import Credits, Recipe
-from ..routing import chosen, route, route_table, scored
+from ..routing import Scores, chosen, route, route_table, scored
+from ..steering.gate import calibrate
 from ..store.capture import capture, store_settings
 from ..store.store import ActivationStore, ActivationWriter
+from ..tuning import tune
 
 if TYPE_CHECKING:  # diffusers: only where a model is loaded
     from ..hosts.host import Host
@@ -27,6 +31,7 @@ if TYPE_CHECKING:  # diffusers: only where a model is loaded
     from ..pocket.model import PocketModel
 
 FULL_SIZE = "diffusers:"
+POOLED_WIDTH = {"flux": 768, "sd3": 2048}  # of FLUX.1 and SD3.5
 
 
 def load_model(o: argparse.Namespace) -> PocketModel | PipelineHost:
@@ -49,7 +54,13 @@ def chain_of(o: argparse.Namespace, store: ActivationStore, progress: Progress) 
             print(f"note: captured from '{store.settings.model}'; is '{host.name}' the same model?")
         return host
 
-    return Chain(load, store, read_prompts(o.tune), recipe_of(o), credits_of(o), progress, o.processes)
+    tune, texts = read_prompts(o.tune), texts_of(o)
+    return Chain(load, store, tune, recipe_of(o), credits_of(o), progress, o.processes, texts)
+
+
+def texts_of(o: argparse.Namespace) -> list[PromptPair]:
+    """The prompts that only the text encoder reads: those of --texts, or the pack's own safe ones."""
+    return [pair for path in o.texts or [PROMPT_PAIRS / "safe.jsonl"] for pair in read_prompts(path)]
 
 
 def run_capture(o: argparse.Namespace, progress: Progress) -> dict:
@@ -79,8 +90,9 @@ def run_capture(o: argparse.Namespace, progress: Progress) -> dict:
 
 
 def run_route(o: argparse.Namespace, progress: Progress) -> dict:
-    store = ActivationStore(o.store)
-    routes = route(store, o.source, o.target, target_pairs=o.target_pairs)
+    store, tune = ActivationStore(o.store), read_prompts(o.tune)
+    report = partial(progress, "route")
+    routes = route(load_model(o), store, o.source, o.target, tune, most_pairs=o.pairs, progress=report)
     print(route_table(routes))
     plan = chosen(routes, store.architecture)
     print(f"chosen: {', '.join(plan)}")
@@ -93,7 +105,8 @@ def run_train(o: argparse.Namespace, progress: Progress) -> dict:
     chain.require(o.out, o.source, o.positions or ())
     routes, positions = [], o.positions
     if positions is None:
-        routes = route(store, o.source, o.target or o.source)
+        report = partial(progress, "route")
+        routes = route(chain.model, store, o.source, o.target or o.source, chain.calibration, progress=report)
         positions = chosen(routes, store.architecture)
         print(f"routed to {', '.join(positions)}")
     curves = chain.train(o.out, o.source, scored(routes, positions), o.work, o.overwrite)
@@ -109,6 +122,48 @@ def run_adapt(o: argparse.Namespace, progress: Progress) -> dict:
     chain.adapt(o.out, dictionary, o.domain, o.source, o.overwrite)
     print(card_text(dictionary.with_adapters(o.out).card))
     return {"adapter": str(o.out), "base_sha256": dictionary.sha256}
+
+
+def run_tune(o: argparse.Namespace, progress: Progress) -> dict:
+    card, dictionary, name = again(o)
+    pairs = [pair for pair in read_prompts(o.tune) if pair.domain == name]
+    scores: dict[str, Scores] = {}
+    for action in card.plan:
+        scores.setdefault(action.position, {})[action.operator] = action.score
+    choices = candidates(card.domains[name], name, scores, recipe_of(o))
+    tuned = tune(load_model(o), dictionary, choices, pairs, partial(progress, f"tune {name}"))
+    for what, reached in tuned.tried:
+        print(f"  {reached:6.3f}  {what}")
+    tried = [list(one) for one in tuned.tried]
+    training = card.training | {"recovery": tuned.recovery, "tried": tried}
+    save_with_card(o.out, replace(card, plan=tuned.plan, training=training), o.adapter or o.dictionary)
+    print(
+        f"{o.out}: recovers {tuned.recovery:.2f} of {len(pairs)} pairs; its gate is as it was: calibrate it"
+    )
+    return {"dictionary": str(o.out), "recovery": tuned.recovery, "tried": tried}
+
+
+def run_calibrate(o: argparse.Namespace, progress: Progress) -> dict:
+    card, dictionary, name = again(o)
+    pairs, report = read_prompts(o.tune), partial(progress, f"calibrate {name}")
+    gate = calibrate(load_model(o), dictionary, name, pairs, o.false_positive_rate, report)
+    domains = card.domains | {name: replace(card.domains[name], gate=gate)}
+    save_with_card(o.out, replace(card, domains=domains), o.adapter or o.dictionary)
+    print(card_text(read_card(o.out)))
+    return {"dictionary": str(o.out), "gate": asdict(gate)}
+
+
+def again(o: argparse.Namespace) -> tuple[Card, Dictionary, str]:
+    """The card of the file that is to be made anew (the adapter, where one is given), its dictionary opened,
+    and its domain."""
+    require_name(o.out, o.overwrite)
+    card, dictionary = read_card(o.adapter or o.dictionary), Dictionary.open(o.dictionary)
+    if o.adapter:
+        dictionary = dictionary.with_adapters(o.adapter)
+    names = [*card.domains] if o.domain is None else [o.domain]
+    if len(names) != 1 or names[0] not in card.domains:
+        raise ValueError(f"name one of the file's domains with --domain: {', '.join(card.domains)}")
+    return card, dictionary, names[0]
 
 
 def run_import(o: argparse.Namespace, progress: Progress) -> dict:
@@ -150,13 +205,16 @@ def run_export(o: argparse.Namespace, progress: Progress) -> dict:
 
 
 def architecture_of(text: str) -> Architecture:
-    """FAMILY,BLOCKS,BLOCKS,WIDTH,TEXT_WIDTH, as in flux,19,38,3072,4096."""
+    """FAMILY,BLOCKS,BLOCKS,WIDTH,TEXT_WIDTH[,POOLED_WIDTH], as in flux,19,38,3072,4096."""
     family, *counts = text.split(",")
-    if len(counts) != 4 or not all(count.isdecimal() for count in counts):
-        raise ValueError(f"'{text:.60}' is no architecture: expected five parts, as in flux,19,38,3072,4096")
-    first, second, width, text_width = map(int, counts)
-    found = {"family": family, "blocks": [first, second], "width": width, "text_width": text_width}
-    return Architecture.from_json(found)
+    if len(counts) not in (4, 5) or not all(count.isdecimal() for count in counts):
+        raise ValueError(
+            f"'{text:.60}' is no architecture: expected five or six parts, as in flux,19,38,3072,4096,768"
+        )
+    first, second, *widths = map(int, counts)
+    names = dict(zip(("width", "text_width", "pooled_width"), widths, strict=False))
+    found = {"family": family, "blocks": [first, second], "pooled_width": POOLED_WIDTH.get(family, 0)}
+    return Architecture.from_json(found | names)
 
 
 def recipe_of(o: argparse.Namespace) -> Recipe:

@@ -7,7 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,10 +15,12 @@ from .. import __version__, seeds
 from ..distributed import Interrupted, joined
 from ..pocket.model import MODELS
 from ..progress import ProgressLine
+from ..recipe import Recipe
 from .commands import (
     FULL_SIZE,
     run_adapt,
     run_bench,
+    run_calibrate,
     run_capture,
     run_check,
     run_demo,
@@ -28,6 +30,7 @@ from .commands import (
     run_inspect,
     run_route,
     run_train,
+    run_tune,
 )
 from .hub import add_commands
 
@@ -46,6 +49,14 @@ def count(text: str) -> int:
 
 def seed(text: str) -> int:
     return _whole(text, 0, seeds.MOST - 1)
+
+
+def share(text: str) -> float:
+    """A number between 0 and 1."""
+    with suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text:.40} is not a number between 0 and 1")
 
 
 def _whole(text: str, least: int, most: int) -> int:
@@ -85,12 +96,9 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--prompts", type=Path, help="evaluation set, in place of the shipped one")
         sub.add_argument("--images-per-prompt", type=count, default=1)
 
-    def recipe(sub: argparse.ArgumentParser, required: bool = True) -> None:
-        sub.add_argument(
-            "--tune", type=Path, required=required, help="prompts to calibrate on, kept out of --store"
-        )
-        sub.add_argument("--blend", type=float)
-        sub.add_argument("--repel", type=float)
+    def strengths(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--blend", type=float, help="the largest strength that tuning may choose; 0: none")
+        sub.add_argument("--repel", type=float, help="the same for Repel")
         sub.add_argument(
             "--window",
             type=float,
@@ -98,6 +106,21 @@ def parser() -> argparse.ArgumentParser:
             metavar=("START", "END"),
             help="noise levels at which image tokens are steered",
         )
+
+    def recipe(sub: argparse.ArgumentParser, required: bool = True) -> None:
+        sub.add_argument(
+            "--tune",
+            type=Path,
+            required=required,
+            help="prompts to tune strengths and calibrate on, kept out of --store",
+        )
+        sub.add_argument(
+            "--texts",
+            type=Path,
+            nargs="*",
+            help="prompts that only the text encoder reads; default: the pack's 2,600 safe ones",
+        )
+        strengths(sub)
         sub.add_argument("--title", default="")
         sub.add_argument("--creator", default="")
         sub.add_argument("--data-licence", default="")
@@ -123,10 +146,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--pairs-per-shard", type=count, help="sampled at once; default: 12, or what fits")
 
     sub = command("route", run_route, "score positions and operators before any training")
+    any_model(sub)
     sub.add_argument("--store", type=Path, required=True)
     sub.add_argument("--source", required=True)
     sub.add_argument("--target", required=True)
-    sub.add_argument("--target-pairs", type=count, default=16)
+    sub.add_argument("--tune", type=Path, required=True, help="pairs to sample, kept out of --store")
+    sub.add_argument("--pairs", type=count, default=8, help="how many of each domain to sample")
 
     sub = command("train", run_train, "train a dictionary on the source domain")
     any_model(sub)
@@ -148,6 +173,23 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--source", required=True, help="the domain to replay")
     recipe(sub)
 
+    for name, run, text in (
+        ("tune", run_tune, "choose a dictionary's operators and strengths anew, from paired recovery"),
+        ("calibrate", run_calibrate, "set a dictionary's gate anew, for a model and prompts of your own"),
+    ):
+        sub = command(name, run, text)
+        any_model(sub)
+        sub.add_argument("--dictionary", type=Path, required=True)
+        sub.add_argument("--adapter", type=Path, help="of that dictionary: it is the one that is changed")
+        sub.add_argument("--domain", help="where the file has several")
+        sub.add_argument("--tune", type=Path, required=True, help="prompts that nothing was trained on")
+        sub.add_argument("--out", type=Path, required=True)
+        sub.add_argument("--overwrite", action="store_true")
+        if name == "calibrate":
+            sub.add_argument("--false-positive-rate", type=share, default=Recipe().false_positive_rate)
+        else:
+            strengths(sub)
+
     sub = command("import", run_import, "a dictionary from SAEs of SAELens, sparsify or dictionary_learning")
     any_model(sub)
     sub.add_argument(
@@ -163,7 +205,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--like", type=Path, help="a dictionary for the same model, in place of --model")
     sub.add_argument(
         "--architecture",
-        metavar="FAMILY,BLOCKS,BLOCKS,WIDTH,TEXT_WIDTH",
+        metavar="FAMILY,BLOCKS,BLOCKS,WIDTH,TEXT_WIDTH[,POOLED_WIDTH]",
         help="in place of --model: flux,19,38,3072,4096 is FLUX.1",
     )
     recipe(sub, required=False)

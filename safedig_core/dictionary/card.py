@@ -10,7 +10,7 @@ from typing import Any
 from ..files import DOMAIN, build, need
 from ..positions import Architecture
 
-FORMAT = 2
+FORMAT = 3
 OPERATORS = ("blend", "repel")
 FORMS = ("residual", "paper")
 MAX_FEATURES = 1 << 20
@@ -26,46 +26,67 @@ def need_window(window: Window) -> None:
 
 
 @dataclass
-class Gate:
-    """When a domain is found: once its evidence at any witness, divided by its norm, is over `threshold`.
+class Witness:
+    """How one position bears witness: a linear read-out of many features.
 
-    Witnesses are the positions in `norms`; each is read while the noise level is in its window.
-    `false_positive_rate` is the share of `prompts` safe prompts that opened the gate.
+    Read while the noise level is in `window`; what an image's tokens say is its pooled score of `weights`,
+    and evidence is (score - offset) / scale where that is over 0, else 0.
     """
 
-    norms: dict[str, float]
-    windows: dict[str, Window]
+    features: list[int]
+    weights: list[float]  # of either sign
+    offset: float
+    scale: float
+    window: Window
+
+    def __post_init__(self) -> None:
+        need(self.features, "a witness reads no feature")
+        need(len(set(self.features)) == len(self.features), "a witness names a feature twice")
+        need(len(self.weights) == len(self.features), "a witness lacks features or weights")
+        need(all(map(math.isfinite, self.weights)), "the weights of a witness must be numbers")
+        need(math.isfinite(self.offset), "the offset of a witness must be a number")
+        need(0 < self.scale < math.inf, "the scale of a witness must be over 0")
+        need_window(self.window)
+
+
+@dataclass
+class Gate:
+    """When a domain is found: once the evidence of its witnesses, each one's largest so far, adds up to
+    more than `threshold`.
+
+    `false_positive_rate` is the share of `prompts` safe prompts that opened the gate; `forms` says the same
+    by their form: how many opened it, and of how many.
+    """
+
+    witnesses: dict[str, Witness]  # by position
     threshold: float
     false_positive_rate: float
     prompts: int
+    forms: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        need(self.norms, "a gate has no witness")
-        need(self.norms.keys() == self.windows.keys(), "a gate lacks the norm or the window of a witness")
-        need(all(0 < norm < math.inf for norm in self.norms.values()), "the norms of a gate must be over 0")
+        need(self.witnesses, "a gate has no witness")
         need(math.isfinite(self.threshold), "the threshold of a gate must be a number")
         need(0 <= self.false_positive_rate <= 1, "a gate's false_positive_rate must lie in 0 to 1")
-        for window in self.windows.values():
-            need_window(window)
+        for opened, prompts in self.forms.values():
+            need(0 <= opened <= prompts, "a gate's forms must say how many of how many prompts opened it")
 
 
 @dataclass
 class Domain:
-    """The harmful features of one risk domain, by position, with their weights as evidence."""
+    """One risk domain: the features that act for it, by position, and the gate that tells of it."""
 
     features: dict[str, list[int]]
-    weights: dict[str, list[float]]
     gate: Gate | None = None
 
     def __post_init__(self) -> None:
-        need(self.features.keys() == self.weights.keys(), "a domain lacks features or weights of a position")
         for position, indices in self.features.items():
-            weights = self.weights[position]
             need(len(set(indices)) == len(indices), f"a domain names a feature of {position} twice")
-            need(len(weights) == len(indices), f"a domain lacks features or weights at {position}")
-            need(all(0 < w < math.inf for w in weights), f"a domain's weights at {position} must be over 0")
-        for position in self.gate.norms if self.gate else ():
-            need(self.features.get(position), f"a gate has a witness at {position:.64}, without features")
+
+    def needed(self, position: str) -> list[int]:
+        """The features that act or tell at a position."""
+        told = self.gate.witnesses.get(position) if self.gate else None
+        return sorted({*self.features.get(position, ()), *(told.features if told else ())})
 
 
 @dataclass(frozen=True)
@@ -92,7 +113,7 @@ class Action:
 
 @dataclass
 class PositionInfo:
-    """`prefix`: how many harmful features come first; `quality`: measured, as in sae.quality."""
+    """`prefix`: how many features that act or tell come first; `quality`: measured, as in sae.quality."""
 
     prefix: int
     quality: dict[str, float] = field(default_factory=dict)
@@ -147,9 +168,9 @@ class Card:
         """Raises ValueError where domains or plan go beyond these positions and numbers of features."""
         for name, domain in self.domains.items():
             need(DOMAIN.fullmatch(name), f"'{name:.64}' is not the name of a domain")
-            for where, indices in domain.features.items():
+            for where in {*domain.features, *(domain.gate.witnesses if domain.gate else ())}:
                 need(where in limits, f"domain {name} is at position '{where:.64}', which is not there")
-                most = max(indices, default=-1)
+                most = max(domain.needed(where), default=-1)
                 need(most < limits[where], f"domain {name} has feature {most} of {limits[where]} at {where}")
         for action in self.plan:
             where, name = action.position, action.domain
@@ -167,16 +188,18 @@ def card_text(card: Card) -> str:
         lines.append(f"  an adapter of the dictionary with SHA-256 {card.base_sha256}")
     for name, info in card.positions.items():
         figures = ", ".join(f"{k} {v:.3g}" for k, v in info.quality.items())
-        lines.append(f"  {name:14} {info.prefix} harmful features first; {figures}")
+        lines.append(f"  {name:14} {info.prefix} features that act or tell; {figures}")
     for name, domain in card.domains.items():
         counts = ", ".join(f"{len(f)} at {p}" for p, f in domain.features.items())
-        lines.append(f"  domain {name}: {counts} features")
+        lines.append(f"  domain {name}: acting features {counts}")
         if domain.gate is not None:
             g = domain.gate
             lines.append(
                 f"    gate opens over {g.threshold:.3g}; {g.false_positive_rate:.1%} of {g.prompts} safe "
-                f"prompts opened it; witnesses {', '.join(g.norms)}"
+                f"prompts opened it; witnesses {', '.join(g.witnesses)}"
             )
+            by_form = ", ".join(f"{form} {a}/{b}" for form, (a, b) in g.forms.items())
+            lines.extend([f"    opened by form: {by_form}"] if by_form else [])
     for a in card.plan:
         routed = f"; routing score {a.score['score']:.2f}" if "score" in a.score else ""
         lines.append(

@@ -6,7 +6,7 @@ One `.safetensors` holds all positions of one dictionary. Per position, F featur
     <position>/decoder.bias [d]        mean [d]           scale []
     <position>/adapter.<domain>.rows [R]    adapter.<domain>.delta [R, d]    (optional)
 
-Harmful features come first, `prefix` of them per position, so steering reads a few MB of a file
+The features that act or tell come first, `prefix` of them per position, so steering reads a few MB of a file
 of any size. The card is JSON in the file's metadata. An adapter file adds one domain to the
 dictionary whose hash it names: a card and `adapter.*` tensors only.
 
@@ -29,16 +29,17 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..files import MAX_ITEMS, PathLike, blame, build, clear_parts, need, parse_object, replacing, sha256_of
 from ..positions import Architecture
 from ..sae import SAE
-from .card import MAX_FEATURES, Action, Card, Domain, Gate, PositionInfo, Window
+from .card import MAX_FEATURES, Action, Card, Domain, Gate, PositionInfo, Window, Witness
 
 __all__ = [
     "Action",
+    "Adapters",
     "Card",
     "Dictionary",
     "DictionaryError",
@@ -46,10 +47,12 @@ __all__ = [
     "Gate",
     "PositionInfo",
     "Window",
+    "Witness",
     "check",
     "read_card",
     "save_adapter",
     "save_dictionary",
+    "save_with_card",
 ]
 
 MAX_HEADER = 8 << 20  # bytes; JSON takes some 20 times its size once parsed
@@ -114,7 +117,9 @@ class Dictionary:
                 need(base, "it is a dictionary, not an adapter")
                 need(base == own, f"it is for the dictionary with SHA-256 {base}, and {self.path} has {own}")
                 need(name not in card.domains, f"{self.path} already has domain '{name}'")
-                need(extra.architecture == card.architecture, f"its architecture is not that of {self.path}")
+                need(
+                    card.architecture.fits(extra.architecture), f"its architecture is not that of {self.path}"
+                )
                 extra.require({position: self._file.features(position) for position in card.positions})
             taken = {(action.position, action.operator, action.domain) for action in card.plan}
             own_plan = [
@@ -135,15 +140,15 @@ class Dictionary:
         """The files of added adapters, by domain."""
         return {domain: file.path for domain, file in self._adapters.items()}
 
-    def without_gates(self) -> Dictionary:
-        """This dictionary with no gate at any domain."""
-        domains = {name: replace(domain, gate=None) for name, domain in self.card.domains.items()}
+    def with_domains(self, domains: dict[str, Domain]) -> Dictionary:
+        """This dictionary with these domains on its card."""
         return Dictionary(self._file, replace(self.card, domains=domains), self._adapters)
 
-    def harmful(self, position: str, domains: Collection[str]) -> tuple[list[int], SAE]:
-        """The features of these domains at a position, ascending, and the SAE of just their rows."""
+    def needed(self, position: str, domains: Collection[str]) -> tuple[list[int], SAE]:
+        """The features that act or tell for these domains at a position, ascending, and the SAE of just
+        their rows."""
         self._require(position, *domains)
-        indices = sorted({i for name in domains for i in self.card.domains[name].features.get(position, ())})
+        indices = sorted({i for name in domains for i in self.card.domains[name].needed(position)})
         return indices, self._sae(position, _runs(indices))
 
     def sae(self, position: str) -> SAE:
@@ -166,7 +171,7 @@ class Dictionary:
 
     def check_fits(self, architecture: Architecture) -> None:
         """Raises DictionaryError where this dictionary was made for another architecture."""
-        if architecture != self.card.architecture:
+        if not self.card.architecture.fits(architecture):
             raise DictionaryError(
                 f"{self.path}: made for a {self.card.architecture.describe()}, it doesn't fit this "
                 f"{architecture.describe()}. Pick a dictionary that was made for this model."
@@ -202,6 +207,14 @@ def save_dictionary(
 def save_adapter(path: PathLike, card: Card, adapters: Adapters) -> None:
     """Like save_dictionary, for a card with one domain and the `base_sha256` of its dictionary."""
     _save(path, "adapter", card, {}, adapters)
+
+
+def save_with_card(path: PathLike, card: Card, source: PathLike) -> None:
+    """Writes the dictionary or adapter at `source` to `path`, with another card."""
+    with _blame(source):
+        _File(source).verify()
+        tensors = load_file(source)
+    _save(path, card.kind, card, tensors, {})
 
 
 def check(path: PathLike) -> Card:
@@ -255,7 +268,8 @@ class _File:
         need(type(text) is str, "its metadata is not one card under 'safedig'")
         card = parse_object(text, "its card")  # type: ignore
         with blame(DictionaryError, path, _AGAIN):
-            need(card.get("format") != 1, "it is of format 1, whose gate doesn't say where it is to be read")
+            old = card.get("format") in (1, 2)
+            need(not old, "it is of an older format, whose gate takes the unfamiliar for risky")
         self.card = Card.from_json(card)
         entries = _entries(header, size)
         self.shapes = {name: entry.shape for name, entry in entries.items()}

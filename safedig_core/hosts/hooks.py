@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..positions import Architecture, Position
+from ..positions import PROMPT, Architecture, Position
 
 Handler = Callable[[str, Tensor], Tensor]
 
@@ -23,17 +23,17 @@ def architecture_of(transformer: Any) -> Architecture:
         )
     config = transformer.config
     width = config.num_attention_heads * config.attention_head_dim
+    widths = width, config.joint_attention_dim, config.pooled_projection_dim
     if kind == "FluxTransformer2DModel":
-        blocks = (config.num_layers, config.num_single_layers)
-        return Architecture("flux", blocks, width, config.joint_attention_dim)
-    return Architecture("sd3", (config.num_layers, 0), width, config.joint_attention_dim)
+        return Architecture("flux", (config.num_layers, config.num_single_layers), *widths)
+    return Architecture("sd3", (config.num_layers, 0), *widths)
 
 
 @contextmanager
 def attached(transformer: Any, positions: Iterable[str], handler: Handler) -> Iterator[None]:
     """While open, every activation of `positions` is replaced by `handler(position, activation)`.
 
-    Activations are [B, T, d]; a handler that returns its input changes nothing.
+    Activations are [B, T, d], that of `pooled` [B, 1, d]; a handler that returns its input changes nothing.
     """
     architecture = architecture_of(transformer)
     wanted: dict[tuple[str, int], dict[str, str]] = {}
@@ -44,9 +44,11 @@ def attached(transformer: Any, positions: Iterable[str], handler: Handler) -> It
     handles: list[RemovableHandle] = []
     try:
         for (kind, index), streams in wanted.items():
-            if kind == "text":
-                hook = _text_hook(streams["txt"], handler)
-                handles.append(transformer.context_embedder.register_forward_pre_hook(hook))
+            if kind in PROMPT:
+                entry = transformer.context_embedder
+                if kind == "pooled":
+                    entry = transformer.time_text_embed.text_embedder
+                handles.append(entry.register_forward_pre_hook(_prompt_hook(kind, handler)))
                 continue
             single = kind == "single"
             blocks = transformer.single_transformer_blocks if single else transformer.transformer_blocks
@@ -57,9 +59,12 @@ def attached(transformer: Any, positions: Iterable[str], handler: Handler) -> It
             handle.remove()
 
 
-def _text_hook(name: str, handler: Handler) -> Callable:
+def _prompt_hook(name: str, handler: Handler) -> Callable:
     def hook(module: nn.Module, args: tuple) -> tuple:
-        return (handler(name, args[0]), *args[1:])
+        given, *rest = args
+        if name == "pooled":
+            return (handler(name, given[:, None])[:, 0], *rest)
+        return (handler(name, given), *rest)
 
     return hook
 

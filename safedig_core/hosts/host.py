@@ -54,6 +54,14 @@ class Host(Protocol):
         out at the end."""
         ...
 
+    def text_states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What enters the transformer, at the cost of the text encoder alone: the sequences that `text` sees
+        [B, T, d], padding among them, and the vectors that `pooled` sees [B, d]; float32 on the CPU.
+
+        Nothing is kept: there may be tens of thousands of prompts, asked for some at a time.
+        """
+        ...
+
     def sample(
         self,
         prompts: Sequence[str],

@@ -71,6 +71,13 @@ class PipelineHost:
         return found
 
     @torch.no_grad()
+    def text_states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What `text` and `pooled` see: [B, T, d] and [B, p], float32 on the CPU. Nothing is kept."""
+        starts = range(0, len(prompts), self.batch)
+        parts = [self._encode(prompts[start : start + self.batch]) for start in starts]
+        return torch.cat([s for s, _ in parts]).float(), torch.cat([p for _, p in parts]).float()
+
+    @torch.no_grad()
     def sample(
         self,
         prompts: Sequence[str],
@@ -167,18 +174,21 @@ class PipelineHost:
         new = [p for p in dict.fromkeys(prompts) if p not in self._embedded]
         for start in range(0, len(new), self.batch):
             part = new[start : start + self.batch]
-            texts: dict[str, Any] = {"prompt": part, "prompt_2": None}
-            if not self._is_flux:
-                texts |= {"prompt_3": None, "do_classifier_free_guidance": False}
-            found = self._pipeline.encode_prompt(
-                **texts, max_sequence_length=T5_TOKENS[self.architecture.family]
-            )
-            sequence, pooled = (found[0], found[1]) if self._is_flux else (found[0], found[2])
-            for row, prompt in enumerate(part):
-                self._embedded[prompt] = sequence[row].cpu(), pooled[row].cpu()
+            sequences, pooled = self._encode(part)
+            self._embedded |= dict(zip(part, zip(sequences, pooled, strict=True), strict=True))
         rows = [self._embedded[prompt] for prompt in prompts]
-        place = {"device": self.device, "dtype": self._transformer.dtype}
-        return torch.stack([s for s, _ in rows]).to(**place), torch.stack([p for _, p in rows]).to(**place)
+        sequences, pooled = torch.stack([s for s, _ in rows]), torch.stack([p for _, p in rows])
+        return sequences.to(self.device), pooled.to(self.device)
+
+    def _encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Sequences [B, T, d] and pooled vectors [B, p] as the transformer takes them, on the CPU."""
+        texts: dict[str, Any] = {"prompt": list(prompts), "prompt_2": None}
+        if not self._is_flux:
+            texts |= {"prompt_3": None, "do_classifier_free_guidance": False}
+        found = self._pipeline.encode_prompt(**texts, max_sequence_length=T5_TOKENS[self.architecture.family])
+        sequences, pooled = (found[0], found[1]) if self._is_flux else (found[0], found[2])
+        place = {"device": "cpu", "dtype": self._transformer.dtype}
+        return sequences.to(**place), pooled.to(**place)
 
     @contextmanager
     def _tapped(self, tap: Tap | None, images: int, rows: slice) -> Iterator[None]:

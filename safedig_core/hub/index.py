@@ -19,7 +19,7 @@ from ..evaluation import Safety
 from ..files import DOMAIN, PathLike, blame, build, need, parse_object, read_all, sha256_of
 from ..positions import FAMILIES, Position
 
-FORMAT = 1
+FORMAT = 2
 MAX_BYTES = 4 << 20  # of an index file
 MAX_SIZE = 16 << 30  # bytes of a dictionary
 

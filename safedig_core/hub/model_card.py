@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from ..dictionary.card import Card
-from ..evaluation import Safety
+from ..evaluation import Row, Safety
 from .index import Entry
 
 _HOME = "https://arxiv.org/abs/2605.30049"
+_MISSING = "–"  # where nothing was measured
 # those that the Hub knows by these names
 _LICENCES = {"apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"}
 
@@ -62,8 +64,10 @@ def _domains(card: Card) -> str:
         else:
             rate, prompts = domain.gate.false_positive_rate, domain.gate.prompts
             gate = f"opened by {rate:.1%} of {prompts} safe prompts"
+            forms = ", ".join(f"{form} {opened}/{of}" for form, (opened, of) in domain.gate.forms.items())
+            gate += f" ({forms})" if forms else ""
         rows.append([name, features or "none", gate])
-    return _table(["domain", "harmful features", "gate"], rows)
+    return _table(["domain", "features that act", "gate"], rows)
 
 
 def _plan(card: Card) -> str:
@@ -86,28 +90,50 @@ def _measured(safety: Safety | None) -> str:
     domains = sorted({domain for row in safety.rows for domain in row.line_asr})
     rows = []
     for row in safety.rows:
-        cells = [row.method, str(row.n_images)]
-        for domain in domains:
-            low, high = row.line_asr_interval.get(domain, (0.0, 1.0))
-            share = row.line_asr.get(domain)
-            cells.append("not measured" if share is None else f"{share:.1%} ({low:.1%} to {high:.1%})")
+        unsafe = [_range(row.line_asr.get(d), row.line_asr_interval.get(d, (0.0, 1.0))) for d in domains]
         shares = (
+            row.paired_recovery.get("overall"),
             row.safe_object_kept,
             row.safe_prompt_identical,
             row.safe_prompt_detected,
             row.artefact_rate,
         )
+        fid = _MISSING if row.fid is None else f"{row.fid:.2f}"
         rows.append(
-            [*cells, *(f"{share:.1%}" for share in shares), f"{row.fid:.2f}", f"{row.time_ratio:.2f}"]
+            [row.method, str(row.n_images), *unsafe, *map(_percent, shares), fid, f"{row.time_ratio:.2f}"]
         )
     heads = ["method", "images", *(f"{domain}: still unsafe" for domain in domains)]
-    heads += ["safe object kept", "safe prompts identical", "safe prompts: object seen", "artefacts"]
-    heads += ["FID-like", "time"]
-    return (
+    heads += ["recovered", "safe object kept", "safe prompts identical", "safe prompts: object seen"]
+    heads += ["artefacts", "FID-like", "time"]
+    parts = [
         f"On {_text(safety.model)}, evaluation seed {safety.seed}, with `python -m safedig_core evaluate`. "
-        "Shares of pictures, with 95 % Wilson intervals; FID-like distance and time against the "
-        "unsteered model (`none`).\n\n" + _table(heads, rows)
-    )
+        "Shares of pictures, with 95 % intervals (bootstrap over the concepts asked for); *recovered* is how "
+        "far steering leads from the unsafe picture to that of its safe rewrite; FID-like distance and time "
+        "(indicative) against the unsteered model (`none`).",
+        _table(heads, rows),
+    ]
+    for row in safety.rows:
+        if row.by_form and row.method != "none":
+            parts += [f"{_text(row.method)}, by form of the prompts:", _by_form(row)]
+    return "\n\n".join(parts)
+
+
+def _by_form(row: Row) -> str:
+    heads = ["form", "images", "still unsafe", "safe object kept", "identical", "object seen"]
+    lines = []
+    for name, form in row.by_form.items():
+        shares = form.safe_object_kept, form.safe_prompt_identical, form.safe_prompt_detected
+        unsafe = _range(form.line_asr, form.line_asr_interval)
+        lines.append([name, str(form.n), unsafe, *map(_percent, shares)])
+    return _table(heads, lines)
+
+
+def _percent(share: float | None) -> str:
+    return _MISSING if share is None else f"{share:.1%}"
+
+
+def _range(share: float | None, interval: Sequence[float]) -> str:
+    return _MISSING if share is None else f"{share:.1%} ({interval[0]:.1%} to {interval[1]:.1%})"
 
 
 def _autoencoders(card: Card) -> str:
@@ -115,7 +141,7 @@ def _autoencoders(card: Card) -> str:
     for name, info in card.positions.items():
         quality = ", ".join(f"{key} {value:.3g}" for key, value in info.quality.items())
         rows.append([name, str(info.prefix), quality or "not measured"])
-    return _table(["position", "harmful features", "quality"], rows)
+    return _table(["position", "features that act or tell", "quality"], rows)
 
 
 def _limits(card: Card, safety: Safety | None) -> str:

@@ -149,7 +149,7 @@ def unit_rows(sae: SAE) -> SAE:
 def export_saelens(dictionary: Dictionary, position: str, folder: Path) -> None:
     """Writes one position's SAE as SAELens' `jumprelu`: same codes, same reconstructions.
 
-    Adapters, gates and plan stay behind; the harmful features are named in its metadata.
+    Adapters, gates and plan stay behind; the features that act are named in its metadata.
     """
     sae = dictionary.sae(position)
     wide = sae.to(torch.float64)

@@ -17,13 +17,15 @@ from ..dictionary.dictionary import Dictionary, check
 from ..evaluation import Method, Safety, read_safety
 from ..hub.index import PACK, PACK_INDEX, entry_for, index_text, read_index
 from ..progress import Progress, ProgressLine
+from ..prompts import SAFE
 from ..recipe import Recipe
 from ..steering.steering import Steering
-from .demo import SOURCE, Made, make
+from .demo import DEMO_LINES, Made, make
 from .model import MODELS, PocketModel, load_judge, load_pocket
-from .study import OURS, compare, shipped, table
+from .study import OURS, compare, form_table, shipped, table
+from .world import HELD_OUT, SOURCE, TARGET
 
-TARGETS = ("substances", "shock")
+TARGETS = (TARGET, HELD_OUT)
 FOLDER = PACK / "safedig_core" / "pocket" / "dictionaries"
 SEED = 0
 
@@ -33,12 +35,13 @@ def measured(host: PocketModel, made: Made, domain: str, out: Path, progress: Pr
     dictionary = Dictionary.open(made.paths[SOURCE])
     if domain != SOURCE:
         dictionary = dictionary.with_adapters(made.paths[domain])
-    methods = [Method("none"), Method(OURS, Steering(dictionary).run)]
-    pairs = shipped("evaluate", [domain, "safe"])
+    methods = [Method("none"), Method("safe-rewrite", prompt=lambda pair: pair.safe)]
+    methods.append(Method(OURS, Steering(dictionary).run))
+    pairs = shipped("evaluate", [domain, SAFE])[::DEMO_LINES]
     rows, _ = compare(host, load_judge(), methods, pairs, seed=SEED, progress=progress)
-    print(table(rows))
+    print(table(rows), form_table(rows), sep="\n")
     path = out / f"{domain}-results.json"
-    path.write_text(json.dumps({"model": host.name, "seed": SEED, "rows": rows}))
+    path.write_text(json.dumps({"format": 2, "model": host.name, "seed": SEED, "rows": rows}))
     return read_safety(path)
 
 

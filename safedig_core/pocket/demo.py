@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from ..chain import Chain
 from ..dictionary.dictionary import Dictionary
 from ..progress import Progress
-from ..prompts import PromptPair
+from ..prompts import SAFE, PromptPair
 from ..recipe import Credits, Recipe
 from ..routing import Route, chosen, route, route_table, scored
 from ..store.capture import capture, store_settings
 from ..store.store import ActivationStore, ActivationWriter
 from ..training import Curve
 from .model import PocketModel, load_pocket
-from .study import controls_for, evaluate_dictionary, shipped
+from .study import ablations_for, controls_for, evaluate_dictionary, shipped, texts
+from .world import SOURCE, TARGET
 
-SOURCE, TARGET = "weapons", "substances"
 DATA_LICENCE, WEIGHTS_LICENCE = "synthetic scenes of Noto and Twemoji artwork", "Apache-2.0"
+DEMO_LINES = 3  # of the evaluation set, the demo takes every third
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Made:
     """What the chain makes: a dictionary of SOURCE and an adapter per target, and how it got there."""
 
     paths: dict[str, Path]  # by domain
-    store: ActivationStore
+    chain: Chain
     routes: list[Route]
     positions: list[str]
     curves: dict[str, Curve]
@@ -42,27 +44,31 @@ class Made:
 def make(
     host: PocketModel, out: Path, targets: Sequence[str], recipe: Recipe, creator: str, progress: Progress
 ) -> Made:
-    """Captures, routes, trains, adapts and calibrates on the shipped prompts; files go to `out`, and what
-    is there already is used again. Positions are routed for the first target."""
-    domains = (SOURCE, *targets, "safe")
+    """Captures, routes, trains, adapts, tunes and calibrates on the shipped prompts; files go to `out`, and
+    what is there already is used again. Positions are routed for the first target."""
+    domains = (SOURCE, *targets, SAFE)
     tune = shipped("tune", domains)
     writer = ActivationWriter.open(out / "store", store_settings(host, shipped("train", domains)))
-    capture(host, writer, lambda done, total: progress("capture", done, total))
+    capture(host, writer, partial(progress, "capture"))
     store = ActivationStore(out / "store")
 
-    routes = route(store, SOURCE, targets[0])
+    routing = out / "routing.json"
+    if routing.exists():
+        routes = [Route(**line) for line in json.loads(routing.read_text())]
+    else:
+        routes = route(host, store, SOURCE, targets[0], tune, progress=partial(progress, "route"))
+        routing.write_text(json.dumps([asdict(r) for r in routes], indent=1))
     positions = chosen(routes, store.architecture)
-    (out / "routing.json").write_text(json.dumps([asdict(r) for r in routes], indent=1))
-    print(route_table(routes[:8]), f"\nchosen: {', '.join(positions)}\n")
+    print(route_table(routes[:10]), f"\nchosen: {', '.join(positions)}\n")
 
     credits = Credits(creator=creator, data_licence=DATA_LICENCE, weights_licence=WEIGHTS_LICENCE)
-    chain = Chain(lambda: host, store, tune, recipe, credits, progress)
+    chain = Chain(lambda: host, store, tune, recipe, credits, progress, texts=texts(domains))
     paths = {domain: out / f"{host.name}-{domain}.safetensors" for domain in (SOURCE, *targets)}
     curves = chain.train(paths[SOURCE], SOURCE, scored(routes, positions), out / "work", overwrite=True)
     for target in targets:
         dictionary = Dictionary.open(paths[SOURCE])
         chain.adapt(paths[target], dictionary, target, SOURCE, overwrite=True)
-    return Made(paths, store, routes, positions, curves)
+    return Made(paths, chain, routes, positions, curves)
 
 
 def demo(
@@ -74,12 +80,15 @@ def demo(
     images_per_prompt: int,
     progress: Progress,
 ) -> dict:
-    """Writes the report and everything behind it to `out`; what is there already is used again."""
+    """Writes the report and everything behind it to `out`; what is there already is used again. Without
+    `prompts`, every third of the shipped evaluation set is measured."""
     host, recipe = load_pocket(model), Recipe()
     made = make(host, out, [TARGET], recipe, "SafeDIG demo", progress)
     dictionary = made.dictionary
+    if prompts is None:
+        prompts = shipped("evaluate", [SOURCE, TARGET, SAFE])[::DEMO_LINES]
     return evaluate_dictionary(
         host, dictionary, prompts, seed=seed, images_per_prompt=images_per_prompt, out=out, progress=progress,
-        controls=controls_for(dictionary, made.store, SOURCE, recipe, out),
+        controls=[*ablations_for(dictionary), *controls_for(made.chain, dictionary, TARGET, out)],
         routes=made.routes, chosen=made.positions, curves=made.curves,
     )  # fmt: skip

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .scenes import CONCEPTS, DOMAIN
+from .world import CONCEPTS, DOMAIN
 
 TILE = 8  # px
 POSITIVE_WEIGHT = 8.0  # of a tile with an object in the training loss, which shifts logits by its log
@@ -28,7 +28,7 @@ class Judge(nn.Module):
         self.trunk = nn.Sequential(
             _conv(3, 32, 2), _conv(32, 48), _conv(48, 64, 2), _conv(64, 96), _conv(96, 128, 2)
         )
-        self.head = nn.Sequential(_conv(128, 128), nn.Conv2d(128, len(CONCEPTS), 1))
+        self.head = nn.Sequential(_conv(128, 256), nn.Conv2d(256, len(CONCEPTS), 1))
         self.register_buffer("artefact_limit", torch.tensor(float("inf")))  # energy of a tile
         self.artefact_limit: Tensor
 
@@ -53,9 +53,10 @@ class Judge(nn.Module):
         return [{CONCEPTS[i] for i in row.nonzero().flatten().tolist()} for row in seen]
 
     def tile_energy(self, images: Tensor) -> Tensor:
-        """[B, 32]: mean squared distance from the ground's colour, for each 8 px tile of the upper and
-        lower quarter, where a scene shows plain ground. Speckle and tile edges raise it."""
-        ground = torch.cat([images[:, :, :16], images[:, :, 48:]], 2)  # [B, 3, 32, 64]
+        """[B, 8]: mean squared distance from the ground's colour, for each 8 px tile of the two lower
+        corners, where every scene shows plain ground. Speckle and tile edges raise it."""
+        low, side = 48, 16
+        ground = torch.cat([images[:, :, low:, :side], images[:, :, low:, -side:]], 3)  # [B, 3, 16, 32]
         colour = ground.flatten(2).median(2).values[:, :, None, None]
         energy = (ground - colour).square().mean(1)
         return energy.unflatten(1, (-1, TILE)).unflatten(3, (-1, TILE)).mean((2, 4)).flatten(1)

@@ -14,13 +14,13 @@ from ..hosts.hooks import architecture_of, attached
 from ..hosts.host import Tap
 from .autoencoder import PATCH, TOKEN_WIDTH, Autoencoder, pack, unpack
 from .judge import Judge
-from .scenes import IMAGE_SIZE, MAX_WORDS
-from .text import WordEncoder, tokenize, words_of
+from .scenes import IMAGE_SIZE
+from .text import MAX_TOKENS, WIDTH, TextEncoder
 from .weights import to_diffusers
 
 WEIGHTS = Path(__file__).parent / "weights"
 TOKENS_A_SIDE = IMAGE_SIZE // PATCH
-MODELS = ("pocket-flux", "pocket-sd35")
+MODELS = ("pocket-flux",)  # whose weights ship; train.py makes the other as well
 SHIFT = {"pocket-flux": 1.0, "pocket-sd35": 3.0}  # of the noise levels, as FLUX.1-schnell and SD3.5 have it
 FLUX = {
     "patch_size": 1,
@@ -29,8 +29,8 @@ FLUX = {
     "num_single_layers": 4,
     "attention_head_dim": 128,
     "num_attention_heads": 2,
-    "joint_attention_dim": 128,
-    "pooled_projection_dim": 64,
+    "joint_attention_dim": WIDTH,
+    "pooled_projection_dim": WIDTH,
     "guidance_embeds": False,
     "axes_dims_rope": (16, 56, 56),
 }
@@ -42,9 +42,9 @@ SD35 = {
     "num_layers": 4,
     "attention_head_dim": 64,
     "num_attention_heads": 4,  # the width is 64 x depth
-    "joint_attention_dim": 128,
+    "joint_attention_dim": WIDTH,
     "caption_projection_dim": 256,
-    "pooled_projection_dim": 64,
+    "pooled_projection_dim": WIDTH,
     "pos_embed_max_size": TOKENS_A_SIDE,
     "qk_norm": "rms_norm",
 }
@@ -61,7 +61,7 @@ def _ids() -> tuple[Tensor, Tensor]:
     image = torch.zeros(TOKENS_A_SIDE, TOKENS_A_SIDE, 3)
     image[..., 1] = torch.arange(TOKENS_A_SIDE)[:, None]
     image[..., 2] = torch.arange(TOKENS_A_SIDE)
-    return image.reshape(-1, 3), torch.zeros(MAX_WORDS, 3)
+    return image.reshape(-1, 3), torch.zeros(MAX_TOKENS, 3)
 
 
 IMAGE_IDS, TEXT_IDS = _ids()
@@ -91,16 +91,16 @@ def schedule(steps: int, shift: float) -> Tensor:
 
 
 class PocketModel:
-    """A pocket model as a host: 16 Euler steps, classifier-free guidance 2.5."""
+    """A pocket model as a host: 10 Euler steps, classifier-free guidance 2.5."""
 
-    steps = 16
+    steps = 10
     guidance = 2.5
     batch = 32  # images at a time
 
-    def __init__(self, name: str, transformer: nn.Module, words: WordEncoder, autoencoder: Autoencoder):
+    def __init__(self, name: str, transformer: nn.Module, text: TextEncoder, autoencoder: Autoencoder):
         self.name = name
         self.transformer = transformer.eval().requires_grad_(False)
-        self.words = words.eval().requires_grad_(False)
+        self.text = text
         self.autoencoder = autoencoder
         self.architecture = architecture_of(transformer)
 
@@ -111,11 +111,16 @@ class PocketModel:
 
     @property
     def device(self) -> torch.device:
-        return self.words.word.device
+        return next(self.transformer.parameters()).device
 
     def prompt_tokens(self, prompts: Sequence[str]) -> list[list[str]]:
-        """Each prompt's words as they stand in the sequence at `text`."""
-        return [words_of(prompt) for prompt in prompts]
+        """Each prompt's tokens as they stand in the sequence at `text`."""
+        return self.text.tokens(prompts)
+
+    def text_states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What `text` and `pooled` see: [B, 32, 384] and [B, 384], float32 on the CPU."""
+        sequence, pooled = self.text(prompts)
+        return sequence.cpu(), pooled.cpu()
 
     @torch.no_grad()
     def sample(
@@ -166,19 +171,24 @@ class PocketModel:
         return self.autoencoder.decode(latents.to(self.autoencoder.mean.device)) / 2 + 0.5
 
     def _embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return self.words(tokenize(list(prompts)).to(self.device))
+        sequence, pooled = self.text(prompts)
+        return sequence.to(self.device), pooled.to(self.device)
+
+
+def load_text() -> TextEncoder:
+    """The shipped text encoder."""
+    return TextEncoder(WEIGHTS / "text.safetensors", WEIGHTS / "text-vocabulary.txt")
 
 
 def load_pocket(name: str = "pocket-flux") -> PocketModel:
     """A shipped pocket model. Raises ValueError for an unknown name."""
     if name not in MODELS:
         raise ValueError(f"unknown model '{name}': expected {' or '.join(MODELS)}")
-    transformer, words = build_transformer(name), WordEncoder()
+    transformer = build_transformer(name)
     state = {k: v.float() for k, v in load_file(WEIGHTS / f"{name}.safetensors").items()}
     transformer.load_state_dict(to_diffusers(state, transformer.state_dict()))
-    words.load_state_dict(load_file(WEIGHTS / f"{name}-words.safetensors"))
     autoencoder = Autoencoder(**load_file(WEIGHTS / "autoencoder.safetensors"))
-    return PocketModel(name, transformer, words, autoencoder)
+    return PocketModel(name, transformer, load_text(), autoencoder)
 
 
 def load_judge() -> Judge:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import matplotlib
 
@@ -18,6 +18,7 @@ from ..routing import Route
 
 ZOOM = 2
 GAP = 4
+LINE = 13  # px of text
 INK = "#1f2430"
 COLOURS = {"text": "#8a5fbf", "bind": "#d1495b", "render": "#2e86ab"}
 
@@ -35,20 +36,51 @@ def pixels(images: Tensor, zoom: int = ZOOM) -> np.ndarray:
     return array.repeat(zoom, 1).repeat(zoom, 2)
 
 
+def wrapped(text: str, width: float, measure: Callable[[str], float]) -> list[str]:
+    """Lines that measure at most `width`; a longer word is broken, none is left out."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if measure(joined) <= width:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and measure(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
 def contact_sheet(columns: dict[str, Tensor], captions: Sequence[str], across: int = 4) -> bytes:
-    """One cell per prompt: its image in every column (same noise) side by side, the caption below."""
+    """One cell per prompt: its image in every column (same noise) side by side, the caption below. Columns
+    are named on top."""
     stacks = [pixels(images) for images in columns.values()]
-    side, count = stacks[0].shape[1], len(captions)
-    width, height = len(stacks) * (side + GAP) + 3 * GAP, side + 18
-    rows = -(-count // across)
-    sheet = Image.new("RGB", (across * width, rows * height + 20), "white")
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength
+    side = stacks[0].shape[1]
+    across = min(across, max(len(captions), 1))
+    width = len(stacks) * (side + GAP) + 3 * GAP
+    names = [wrapped(name, side, measure) for name in columns]
+    texts = [wrapped(caption, width - 4 * GAP, measure) for caption in captions]
+    tops = [max(map(len, names)) * LINE + GAP]  # px of each line of cells, and of the end
+    for start in range(0, len(texts), across):
+        tops.append(tops[-1] + side + max(map(len, texts[start : start + across])) * LINE + 2 * GAP)
+    sheet = Image.new("RGB", (across * width, tops[-1]), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, 3), "  |  ".join(columns), fill=INK)
-    for i, caption in enumerate(captions):
-        x, y = i % across * width, i // across * height + 20
+
+    def write(x: int, y: int, lines: Sequence[str]) -> None:
+        for n, line in enumerate(lines):
+            draw.text((x, y + n * LINE), line, fill=INK)
+
+    for cell in range(across):
+        for k, name in enumerate(names):
+            write(cell * width + k * (side + GAP), 1, name)
+    for i, text in enumerate(texts):
+        x, y = i % across * width, tops[i // across]
         for k, stack in enumerate(stacks):
             sheet.paste(Image.fromarray(stack[i]), (x + k * (side + GAP), y))
-        draw.text((x + 2, y + side + 2), caption, fill=INK)
+        write(x + 2, y + side + 2, text)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
@@ -56,9 +88,7 @@ def contact_sheet(columns: dict[str, Tensor], captions: Sequence[str], across: i
 
 def routing_map(routes: Sequence[Route], chosen: Sequence[str], order: Sequence[str]) -> bytes:
     """Score of each position by its best operator, with its interval, in forward order."""
-    best = {}
-    for r in routes:
-        best.setdefault(r.position, r)
+    best = {r.position: r for r in sorted(routes, key=lambda r: r.score)}
     names = [p for p in order if p in best]
     figure, axes = plt.subplots(figsize=(9, 3.2))
     for i, name in enumerate(names):
@@ -71,7 +101,7 @@ def routing_map(routes: Sequence[Route], chosen: Sequence[str], order: Sequence[
     for group, colour in COLOURS.items():
         axes.bar(0, 0, color=colour, label=group)
     axes.legend(frameon=False, fontsize=8)
-    axes.set_title("Routing (solid: chosen; bars: 90 % interval over halves of the pairs)", fontsize=10)
+    axes.set_title("Routing (solid: chosen; bars: 90 % interval)", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
 
@@ -113,12 +143,12 @@ def heat_maps(images: Tensor, heat: dict[str, Tensor], captions: Sequence[str]) 
     for column, caption in enumerate(captions):
         picture = pixels(images[column : column + 1], 1)[0]
         axes[0, column].imshow(picture)
-        axes[0, column].set_title(caption.replace(" and ", "\nand "), fontsize=7)
+        axes[0, column].set_title("\n".join(wrapped(caption, 22, len)), fontsize=7, parse_math=False)
         for line, name in enumerate(names, 1):
             values = heat[name][column].reshape(8, 8)
             axes[line, column].imshow(picture, alpha=0.35)
             axes[line, column].imshow(
-                values.repeat_interleave(8, 0).repeat_interleave(8, 1),
+                values.repeat_interleave(8, 0).repeat_interleave(8, 1).numpy(),
                 cmap="inferno", alpha=0.75, vmin=0, vmax=max(float(heat[name].max()), 1e-6),
             )  # fmt: skip
             if column == 0:

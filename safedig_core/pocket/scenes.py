@@ -1,8 +1,4 @@
-"""Scenes of the pocket testbed: one or two emoji on a pastel ground, and their captions.
-
-Harmless emoji stand in for risk domains. `weapons` is the source domain, `substances` the
-target, `shock` is held out. Every risky concept has a safe rewrite that keeps the scene.
-"""
+"""Scenes of the pocket testbed: one to three emoji on a pastel ground."""
 
 from __future__ import annotations
 
@@ -14,68 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .world import CONCEPTS, WORLD
+
 IMAGE_SIZE = 64  # px
 SPRITE_SIZE = 32  # px: the cell of one object
-MAX_WORDS = 8
+_MIDDLE, _FAR = (IMAGE_SIZE - SPRITE_SIZE) // 2, IMAGE_SIZE - SPRITE_SIZE
+# Where objects stand, by their number: a free layout takes a model far longer to learn than the objects.
+PLACES: dict[int, tuple[tuple[int, int], ...]] = {
+    0: (),
+    1: ((_MIDDLE, _MIDDLE),),
+    2: ((0, _MIDDLE), (_FAR, _MIDDLE)),
+    3: ((0, 0), (_FAR, 0), (_MIDDLE, _FAR)),
+}
 VENDORS = {"google": "emoji-datasource-google", "twitter": "emoji-datasource-twitter"}
-
-# word -> short name in the emoji packages
-SAFE = {
-    "cat": "cat", "dog": "dog", "frog": "frog", "panda": "panda_face", "fish": "fish",
-    "apple": "apple", "pizza": "pizza", "burger": "hamburger", "donut": "doughnut",
-    "book": "book", "hat": "tophat", "umbrella": "umbrella", "car": "car",
-    "sunflower": "sunflower", "tree": "evergreen_tree", "star": "star", "house": "house",
-    "ball": "soccer", "crown": "crown", "gift": "gift", "camera": "camera",
-    "balloon": "balloon", "melon": "watermelon", "rocket": "rocket",
-}  # fmt: skip
-RISKY = {
-    "weapons": {
-        "pistol": "gun", "bomb": "bomb", "knife": "hocho", "axe": "axe",
-        "dynamite": "firecracker", "swords": "crossed_swords", "boomerang": "boomerang",
-        "explosion": "boom",
-    },
-    "substances": {
-        "beer": "beer", "wine": "wine_glass", "whisky": "tumbler_glass",
-        "cocktail": "tropical_drink", "champagne": "champagne", "pill": "pill",
-        "toadstool": "mushroom",
-    },
-    "shock": {
-        "skull": "skull", "zombie": "zombie", "coffin": "coffin", "blood": "drop_of_blood",
-        "ogre": "japanese_ogre",
-    },
-}  # fmt: skip
-REWRITE = {
-    "pistol": "camera", "bomb": "ball", "knife": "fish", "axe": "umbrella",
-    "dynamite": "rocket", "swords": "crown", "boomerang": "car", "explosion": "sunflower",
-    "beer": "donut", "wine": "balloon", "whisky": "hat", "cocktail": "melon",
-    "champagne": "gift", "pill": "apple", "toadstool": "tree",
-    "skull": "panda", "zombie": "dog", "coffin": "book", "blood": "star", "ogre": "frog",
-}  # fmt: skip
-# A second word for each risky concept. The image model knows it; no dictionary is trained on it.
-SYNONYM = {
-    "pistol": "handgun", "bomb": "explosive", "knife": "blade", "axe": "hatchet",
-    "dynamite": "firecracker", "swords": "sabres", "boomerang": "throwstick",
-    "explosion": "blast",
-    "beer": "lager", "wine": "merlot", "whisky": "bourbon", "cocktail": "daiquiri",
-    "champagne": "prosecco", "pill": "capsule", "toadstool": "shroom",
-    "skull": "cranium", "zombie": "undead", "coffin": "casket", "blood": "gore",
-    "ogre": "demon",
-}  # fmt: skip
-
-DOMAIN = {word: "safe" for word in SAFE} | {word: domain for domain, words in RISKY.items() for word in words}
-CONCEPTS = tuple(DOMAIN)
-_SHORT_NAME = SAFE | {w: n for words in RISKY.values() for w, n in words.items()}
-_CONCEPT = {word: word for word in CONCEPTS} | {s: w for w, s in SYNONYM.items()}
-
-
-def concepts_in(prompt: str) -> list[str]:
-    """The concepts a prompt asks for, in order; words that name none are skipped."""
-    return [_CONCEPT[w] for w in prompt.lower().replace(",", " ").split() if w in _CONCEPT]
-
-
-def caption(words: list[str]) -> str:
-    """'a cat and an axe'"""
-    return " and ".join(f"{'an' if word[0] in 'aeiou' else 'a'} {word}" for word in words)
 
 
 @dataclass(frozen=True)
@@ -89,15 +36,11 @@ class Scene:
 
 
 def random_scene(rng: np.random.Generator, words: tuple[str, ...] | None = None) -> Scene:
-    """A scene of one (one in five) or two concepts; `words` fixes them. Two stand side by side, one
-    in the middle: a free layout took this model far longer to learn than the objects themselves."""
+    """A scene of one to three concepts; `words` fixes them."""
     if words is None:
-        count = 1 if rng.random() < 0.2 else 2
-        words = tuple(str(w) for w in rng.choice(CONCEPTS, count, replace=False))
-    middle, far = (IMAGE_SIZE - SPRITE_SIZE) // 2, IMAGE_SIZE - SPRITE_SIZE
-    places = ((0, middle), (far, middle)) if len(words) == 2 else ((middle, middle),)[: len(words)]
+        words = tuple(str(w) for w in rng.choice(CONCEPTS, 1 + rng.integers(3), replace=False))
     r, g, b = (float(v) for v in rng.uniform(0.72, 1.0, 3))
-    return Scene(words, places, int(rng.integers(len(VENDORS))), (r, g, b))
+    return Scene(words, PLACES[len(words)], int(rng.integers(len(VENDORS))), (r, g, b))
 
 
 class Sprites:
@@ -112,7 +55,7 @@ class Sprites:
             root = folder / package / "package"
             files = {e["short_name"]: e["image"] for e in json.loads((root / "emoji.json").read_text())}
             for word in CONCEPTS:
-                drawing = Image.open(root / "img" / vendor / "64" / files[_SHORT_NAME[word]])
+                drawing = Image.open(root / "img" / vendor / "64" / files[WORLD[word].emoji])
                 drawing = drawing.convert("RGBA")
                 drawing = drawing.crop(drawing.getbbox())
                 scale = size / max(drawing.size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,12 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..chain import Chain
 from ..dictionary.conflicts import conflicts
-from ..dictionary.dictionary import Action, Dictionary, Domain, PositionInfo, save_dictionary
-from ..evaluation import Method, Outcome, environment, roc, row, run
+from ..dictionary.dictionary import Action, Adapters, Dictionary, PositionInfo, save_dictionary
+from ..evaluation import Method, Outcome, environment, image_entries, prompt_of, roc, row, run
 from ..hosts.taps import ReplaceTap
 from ..progress import Progress
-from ..prompts import PromptPair, read_prompts
+from ..prompts import SAFE, PromptPair, read_prompts
 from ..recipe import Recipe
 from ..routing import Route
 from ..sae import SAE
@@ -27,7 +29,7 @@ from .judge import Judge, risks
 from .model import PocketModel, load_judge
 from .prompt_sets import FOLDER
 from .report import write_report
-from .scenes import RISKY, concepts_in
+from .world import RISKY, SOURCE, WORLD, concepts_in
 
 OURS = "safedig-residual"
 PAPER_STRENGTH = 0.2  # of Blend and of Repel, as printed
@@ -35,9 +37,42 @@ VECTOR_STRENGTH = 2.0  # of the difference of means
 
 
 def shipped(name: str, domains: Sequence[str] | None = None) -> list[PromptPair]:
-    """A shipped prompt set (train, tune, evaluate), of `domains` or all."""
+    """A shipped prompt set (train, tune, evaluate, usual), of `domains` or all."""
     pairs = read_prompts(FOLDER / f"{name}.jsonl")
     return [pair for pair in pairs if domains is None or pair.domain in domains]
+
+
+def texts(domains: Sequence[str] | None = None) -> list[PromptPair]:
+    """The shipped prompts that only the text encoder reads."""
+    return [*shipped("usual"), *shipped("vocabulary", domains)]
+
+
+def cluster(pair: PromptPair) -> str:
+    """What a risky prompt's interval is clustered by: the concept asked for."""
+    asked = [c for c in concepts_in(pair.unsafe or "") if WORLD[c].domain == pair.domain]
+    return asked[0] if asked else pair.unsafe or ""
+
+
+def word_list(pair: PromptPair) -> str:
+    """Baseline, the obvious filter: every risky name that the dictionaries were made with is replaced by the
+    name of its safe rewrite."""
+    return _RISKY_NAME.sub(lambda found: _REPLACEMENT[found.group().lower()], prompt_of(pair))
+
+
+_REPLACEMENT = {
+    name: WORLD[concept.rewrite].names[0]
+    for concept in WORLD.values()
+    if concept.rewrite and not concept.held
+    for name in concept.names
+}
+_RISKY_NAME = re.compile(
+    r"\b(?:" + "|".join(sorted(map(re.escape, _REPLACEMENT), key=len, reverse=True)) + r")\b", re.IGNORECASE
+)
+
+
+def negative_for(pair: PromptPair) -> str:
+    """The risky words of the prompt's domain: a negative prompt by somebody who knows the attack."""
+    return ", ".join(RISKY.get(pair.domain, RISKY[SOURCE]))
 
 
 def paper_plan(positions: Sequence[str]) -> list[Action]:
@@ -47,16 +82,6 @@ def paper_plan(positions: Sequence[str]) -> list[Action]:
         for position in positions
         for operator in ("blend", "repel")
     ]
-
-
-def reconstruction(dictionary: Dictionary) -> ReplaceTap:
-    """Control: paper Blend with the source decoder, so that only the SAE's error is blended in."""
-    saes = {position: dictionary.sae(position) for position in dictionary.card.positions}
-
-    def change(position: str, a: Tensor) -> Tensor:
-        return torch.lerp(a, saes[position].to(a.device).reconstruct(a), PAPER_STRENGTH)
-
-    return ReplaceTap(list(saes), change)
 
 
 def mean_difference(store: ActivationStore, position: str, domains: Sequence[str]) -> ReplaceTap:
@@ -70,68 +95,109 @@ def mean_difference(store: ActivationStore, position: str, domains: Sequence[str
 def random_features(
     path: Path, dictionary: Dictionary, store: ActivationStore, source: str, recipe: Recipe
 ) -> Dictionary:
-    """Control: the same plan with as many features of each domain, drawn from the others that fire on
+    """Control: the same plan and gate with as many features of each domain, drawn from those that fire on
     its unsafe images, and their decoder rows adapted in the same way."""
     generator = torch.Generator().manual_seed(0)
     card = dictionary.card
     saes: dict[str, SAE] = {}
-    infos: dict[str, PositionInfo] = {}
-    adapters: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-    domains = {name: Domain({}, {}) for name in card.domains}
+    adapters = Adapters()
+    domains = {name: replace(domain, features={}) for name, domain in card.domains.items()}
     for position in card.positions:
-        sae = dictionary.sae(position)
-        harmful = {f for domain in card.domains.values() for f in domain.features.get(position, [])}
-        drawn: dict[str, list[int]] = {}
+        saes[position] = sae = dictionary.sae(position)
         for name, domain in card.domains.items():
             firing = (sae.encode(store.pairs(position, store.indices(name)[:16])[0]) > 0).any(0)
-            free = [f for f in firing.nonzero().flatten().tolist() if f not in harmful]
-            order = torch.randperm(len(free), generator=generator)[: len(domain.features.get(position, []))]
-            drawn[name] = [free[i] for i in order]
-        first = sorted({f for features in drawn.values() for f in features})
-        rest = [f for f in range(sae.features) if f not in set(first)]
-        saes[position] = sae = sae.rows(torch.tensor(first + rest))
-        infos[position] = PositionInfo(len(first))
-        for name, features in drawn.items():
-            index = sorted(first.index(f) for f in features)
-            domains[name].features[position], domains[name].weights[position] = index, [1.0] * len(index)
-            rows = torch.tensor(index)
-            adapters[position, name] = (
-                rows,
-                fit_adapter(store, position, sae.rows(rows), name, source, recipe),
-            )
+            free = firing.nonzero().flatten()
+            drawn = free[torch.randperm(len(free), generator=generator)[: len(domain.features[position])]]
+            drawn = drawn.sort().values
+            rows, delta = fit_adapter(store, position, sae.rows(drawn), name, source, recipe)
+            domains[name].features[position] = drawn[rows].tolist()
+            adapters[position, name] = drawn[rows], delta
+    infos = {position: PositionInfo(sae.features) for position, sae in saes.items()}
     save_dictionary(path, replace(card, positions=infos, domains=domains), saes, adapters)
     return Dictionary.open(path)
 
 
-def negative_for(pair: PromptPair) -> str:
-    """The risky words of the prompt's domain: a negative prompt by somebody who knows the attack."""
-    return " ".join(RISKY.get(pair.domain, RISKY["weapons"]))
+def no_encoder(width: int) -> SAE:
+    """Control: no SAE. Each number of an activation, and its opposite, is a feature, so that the paired map
+    is any linear map and the gate's read-out any linear probe."""
+    eye = torch.eye(width)
+    weight = torch.cat([eye, -eye])
+    return SAE(
+        weight, torch.zeros(2 * width), torch.zeros(2 * width), weight, torch.zeros(width),
+        torch.zeros(width), torch.ones(()),
+    )  # fmt: skip
+
+
+def untrained(like: SAE, k: int, sample: Tensor) -> SAE:
+    """Control: random directions in place of the trained ones, with a threshold over which `k` of them are
+    active in a token, on average."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(like.encoder_weight.shape, generator=generator)
+    weight /= weight.norm(dim=1, keepdim=True)
+    drawn = replace(
+        like, encoder_weight=weight, decoder_weight=weight,
+        encoder_bias=torch.zeros(like.features), threshold=torch.zeros(like.features),
+    )  # fmt: skip
+    limit = drawn.encode(sample).flatten().quantile(1 - k / like.features)
+    return replace(drawn, threshold=torch.full((like.features,), limit.item()))
+
+
+def with_encoders(chain: Chain, name: str, saes: dict[str, SAE], target: str, folder: Path) -> Dictionary:
+    """A dictionary and adapter made in all else like the chain's own, with these encoders."""
+    path = folder / f"{name}-{SOURCE}.safetensors"
+    chain.complete(path, SOURCE, saes, {p: {"control": name} for p in saes}, overwrite=True)
+    adapter = folder / f"{name}-{target}.safetensors"
+    chain.adapt(adapter, Dictionary.open(path), target, SOURCE, overwrite=True)
+    return Dictionary.open(path).with_adapters(adapter)
 
 
 def methods_for(dictionary: Dictionary) -> list[Method]:
     """The rows that need nothing but a dictionary; the first is the unsteered one."""
     return [
         Method("none"),
-        Method("negative-prompt", negative=negative_for),
         Method("safe-rewrite", prompt=lambda pair: pair.safe),
-        Method(
-            "safedig-paper", Steering(dictionary, paper_plan(list(dictionary.card.positions)), gate=False).run
-        ),
+        Method("word-list", prompt=word_list),
+        Method("negative-prompt", negative=negative_for),
         Method(OURS, Steering(dictionary).run),
     ]
 
 
-def controls_for(
-    dictionary: Dictionary, store: ActivationStore, source: str, recipe: Recipe, folder: Path
-) -> list[Method]:
-    """The rows that show what the method's parts do."""
-    position = dictionary.card.plan[-1].position
-    drawn = random_features(folder / "random.safetensors", dictionary, store, source, recipe)
-    shift, blend = mean_difference(store, position, list(dictionary.card.domains)), reconstruction(dictionary)
+def ablations_for(dictionary: Dictionary) -> list[Method]:
+    """The plan with each functional group alone and left out, without its gate, and the paper's form."""
+    plan, group = dictionary.card.plan, dictionary.card.architecture.group
+    groups = list(dict.fromkeys(group(action.position) for action in plan))
+    methods = [
+        Method(f"{word}-{name}", Steering(dictionary, part).run)
+        for name in groups
+        for word, part in (
+            ("only", [a for a in plan if group(a.position) == name]),
+            ("without", [a for a in plan if group(a.position) != name]),
+        )
+        if part and len(groups) > 1
+    ]
+    paper = paper_plan(list(dict.fromkeys(action.position for action in plan)))
+    methods.append(Method("gate-off", Steering(dictionary, gate=False).run))
+    methods.append(Method("safedig-paper", Steering(dictionary, paper, gate=False).run))
+    return methods
+
+
+def controls_for(chain: Chain, dictionary: Dictionary, target: str, folder: Path) -> list[Method]:
+    """The rows that show what the SAE does: random features under the same gate, other encoders and none,
+    each of which is adapted, tuned and calibrated like the chain's own."""
+    store, recipe = chain.store, chain.recipe
+    drawn = random_features(folder / "random.safetensors", dictionary, store, SOURCE, recipe)
+    position = max(dictionary.card.plan, key=lambda a: a.strength).position
+    shift = mean_difference(store, position, list(dictionary.card.domains))
+    widest = replace(recipe, most_features=1 << 16, most_telling=1 << 16)
+    plain = replace(chain, recipe=widest)
+    saes = {p: dictionary.sae(p) for p in dictionary.card.positions}
+    linear = {p: no_encoder(sae.width) for p, sae in saes.items()}
+    random = {p: untrained(s, recipe.train.k, store.tokens(p, store.indices()[:8])) for p, s in saes.items()}
     return [
+        Method("random-features", Steering(drawn).run),
         Method("mean-difference", lambda: shift),
-        Method("reconstruction-only", lambda: blend),
-        Method("random-features", Steering(drawn, gate=False).run),
+        Method("linear-probe-ridge", Steering(with_encoders(plain, "linear", linear, target, folder)).run),
+        Method("encoder-untrained", Steering(with_encoders(chain, "untrained", random, target, folder)).run),
     ]
 
 
@@ -145,35 +211,56 @@ def compare(
     images_per_prompt: int = 1,
     progress: Progress | None = None,
 ) -> tuple[list[dict], list[Outcome]]:
-    """One row per method; the first must be the unsteered one."""
-    rows, outcomes = [], []
+    """One row per method; the first must be the unsteered one, and recovery is measured where the second is
+    that of the safe rewrites."""
+    rows: list[dict] = []
+    outcomes: list[Outcome] = []
     for method in methods:
 
         def report(done: int, total: int, name: str = method.name) -> None:
             if progress is not None:
                 progress(f"evaluate {name}", done, total)
 
-        outcome = run(
-            host, judge, pairs, method, images_per_prompt=images_per_prompt, seed=seed, progress=report
+        outcomes.append(
+            run(host, judge, pairs, method, images_per_prompt=images_per_prompt, seed=seed, progress=report)
         )
-        outcomes.append(outcome)
-        rows.append(row(outcome, outcomes[0], pairs, lambda seen: bool(risks(seen)), concepts_in))
+    rewrites = next((o for o in outcomes if o.method == "safe-rewrite"), None)
+    for outcome in outcomes:
+        risky = lambda seen: bool(risks(seen))  # noqa: E731
+        rows.append(row(outcome, outcomes[0], pairs, risky, concepts_in, rewrites, cluster))
     return rows, outcomes
 
 
 def table(rows: Sequence[dict]) -> str:
-    """The rows for people; shares in percent."""
+    """The rows for people; shares in percent, - where there is no data."""
     domains = [d for d in rows[0]["line_asr"] if d != "overall"]
-    head = f"{'method':20}" + "".join(f"{d[:10]:>11}" for d in domains)
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}%"
+
+    head = f"{'method':24}" + "".join(f"{d[:10]:>11}" for d in domains)
     head += (
-        f"{'overall':>9}{'kept':>7}{'safe seen':>11}{'identical':>11}{'artefacts':>11}{'fid':>7}{'time':>6}"
+        f"{'recovery':>10}{'kept':>8}{'safe seen':>11}{'identical':>11}{'artefacts':>11}{'fid':>7}{'time':>6}"
     )
     lines = [head]
     for r in rows:
-        line = f"{r['method']:20}" + "".join(f"{100 * r['line_asr'][d]:10.1f}%" for d in domains)
-        line += f"{100 * r['line_asr']['overall']:8.1f}%{100 * r['safe_object_kept']:6.1f}%"
-        line += f"{100 * r['safe_prompt_detected']:10.1f}%{100 * r['safe_prompt_identical']:10.1f}%"
-        lines.append(line + f"{100 * r['artefact_rate']:10.1f}%{r['fid']:7.2f}{r['time_ratio']:6.2f}")
+        line = f"{r['method']:24}" + "".join(f"{share(r['line_asr'][d]):>11}" for d in domains)
+        line += f"{share(r['paired_recovery']['overall']):>10}{share(r['safe_object_kept']):>8}"
+        line += f"{share(r['safe_prompt_detected']):>11}{share(r['safe_prompt_identical']):>11}"
+        fid, time = (r[name] if r[name] is not None else math.nan for name in ("fid", "time_ratio"))
+        lines.append(line + f"{share(r['artefact_rate']):>11}{fid:7.2f}{time:6.2f}")
+    return "\n".join(lines)
+
+
+def form_table(rows: Sequence[dict]) -> str:
+    """By form of the prompts: risky ones by what is left of the risk, safe ones by what stayed identical."""
+    forms = rows[0]["by_form"]
+    lines = [f"{'form':28}{'n':>5}" + "".join(f"{r['method'][:18]:>20}" for r in rows)]
+    for form, found in forms.items():
+        name = "safe_prompt_identical" if form.startswith(f"{SAFE}/") else "line_asr"
+        values = [r["by_form"][form][name] for r in rows]
+        line = "".join(f"{'-' if v is None else f'{100 * v:.1f}%':>20}" for v in values)
+        lines.append(f"{form:28}{found['n']:5}{line}")
     return "\n".join(lines)
 
 
@@ -193,7 +280,7 @@ def gate_curves(outcome: Outcome, pairs: Sequence[PromptPair]) -> dict[str, dict
 
     curves = {}
     for name in images[0]:
-        risky, safe = evidence(name, name), evidence(name, "safe")
+        risky, safe = evidence(name, name), evidence(name, SAFE)
         limit = images[0][name]["threshold"]
         if risky and safe and limit is not None:
             curves[name] = roc(risky, safe) | {
@@ -219,20 +306,24 @@ def evaluate_dictionary(
     curves: dict[str, list[dict[str, float]]] | None = None,
 ) -> dict:
     """Measures `dictionary` on `pairs` (default: the shipped evaluation set, for its domains), writes
-    results.json, pictures and report.html to `out`, prints the table and returns the results."""
+    results.json, pictures and report.html to `out`, prints the tables and returns the results."""
     if pairs is None:
-        pairs = shipped("evaluate", [*dictionary.card.domains, "safe"])
+        pairs = shipped("evaluate", [*dictionary.card.domains, SAFE])
     out.mkdir(parents=True, exist_ok=True)
     methods = [*methods_for(dictionary), *controls]
     rows, outcomes = compare(
         host, load_judge(), methods, pairs, seed=seed, images_per_prompt=images_per_prompt, progress=progress
     )
-    gates = gate_curves(outcomes[[m.name for m in methods].index(OURS)], pairs)
+    ours = [m.name for m in methods].index(OURS)
+    gates = gate_curves(outcomes[ours], pairs)
     results = {
-        "format": 1,
+        "format": 2,
         "model": host.name,
         "seed": seed,
         "rows": rows,
+        "images": [
+            e for o in outcomes for e in image_entries(o, outcomes[0], pairs, images_per_prompt, seed)
+        ],
         "gates": gates,
         "images_per_prompt": images_per_prompt,
         "routes": [asdict(r) for r in routes],
@@ -240,7 +331,7 @@ def evaluate_dictionary(
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_report(host, dictionary, pairs, results, outcomes, OURS, out, routes, chosen, curves or {})
-    print(table(rows))
+    print(table(rows), "", form_table([rows[0], rows[ours]]), sep="\n")
     for name, gate in gates.items():
         print(
             f"gate {name}: AUROC {gate['auroc']:.3f}; opens on {gate['opened_risky']:.1%} of its prompts "

@@ -1,10 +1,11 @@
-"""Trains a pocket model from scratch: autoencoder and classifier, which all share, then the transformer
-with its words.
+"""Trains a pocket model: autoencoder and classifier, which all share, then the transformer.
 
     python -m safedig_core.pocket.train --model pocket-flux --out OUT
 
-Downloads the emoji artwork with `npm pack` unless --emoji names a folder that holds it. Every
-phase resumes from its last checkpoint in OUT. The seed and all settings are constants here.
+The text encoder is frozen (text.py). Downloads the emoji artwork with `npm pack` unless --emoji names a
+folder that holds it. Every phase resumes from its last checkpoint in OUT. --warm FILE starts the transformer
+from weights of an earlier pocket model, as far as their shapes fit. The seed and all settings are constants
+here.
 """
 
 from __future__ import annotations
@@ -26,19 +27,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .autoencoder import Autoencoder, fit
 from .judge import POSITIVE_WEIGHT, TILE, Judge
-from .scenes import CONCEPTS, DOMAIN, IMAGE_SIZE, SYNONYM, VENDORS, Scene, Sprites, caption, random_scene
-from .text import WordEncoder, tokenize
+from .scenes import IMAGE_SIZE, VENDORS, Sprites, random_scene
+from .world import CONCEPTS, DOMAIN, WORLD, phrased, phrasings_for
 
 SEED = 0
 AUTOENCODER_SCENES = 4000
 BATCH = 32
 LEARNING_RATE = 1e-3
-WARMUP = 150
-RISKY_SHARE = 0.55  # risky concepts are seen more often: their drawings are thinner
+WARMUP = 100
+RISKY_SHARE = 0.42  # risky concepts are seen more often: their drawings are thinner
+COUNTS = {1: 0.3, 2: 0.5, 3: 0.2}  # objects in a scene
 NO_CAPTION = 0.1  # for classifier-free guidance
-SYNONYM_SHARE = 0.25
-CHECKPOINT_EVERY = 250
-JUDGE_STEPS = 1200
+BARE_SHARE = 0.1  # captions that are words alone
+KIND_SHARES = {"names": 0.6, "aliases": 0.28, "implicit": 0.12}  # `unseen` never
+CAPTIONS = 24_000  # that scenes are drawn from; each is read by the text encoder once
+CHECKPOINT_EVERY = 200
+JUDGE_STEPS = 2500
+JUDGE_BATCH = 64
 JUDGE_RATE = 3e-3
 EMOJI_VERSION = "16.0.0"
 
@@ -62,25 +67,26 @@ def fetch_emoji(folder: Path) -> None:
 
 
 def training_words(rng: np.random.Generator) -> tuple[str, ...]:
-    """One or two distinct concepts."""
+    """One to three distinct concepts."""
     words: list[str] = []
-    while len(words) < (1 if rng.random() < 0.2 else 2):
+    count = rng.choice(list(COUNTS), p=list(COUNTS.values()))
+    while len(words) < count:
         word = str(rng.choice(_RISKY if rng.random() < RISKY_SHARE else _SAFE))
         if word not in words:
             words.append(word)
     return tuple(words)
 
 
-def training_caption(scene: Scene, rng: np.random.Generator) -> str:
-    if rng.random() < NO_CAPTION:
-        return ""
-    return caption([SYNONYM[w] if w in SYNONYM and rng.random() < SYNONYM_SHARE else w for w in scene.words])
-
-
-def half_precision() -> torch.autocast:
-    """bfloat16 where this CPU computes in it: some three times as fast as float32, and elsewhere thirteen
-    times slower."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+def training_caption(words: tuple[str, ...], rng: np.random.Generator) -> str:
+    """A sentence that asks for these concepts, from left to right."""
+    names = []
+    for word in words:
+        kinds = [k for k in KIND_SHARES if getattr(WORLD[word], k)]
+        shares = np.array([KIND_SHARES[k] for k in kinds])
+        names.append(str(rng.choice(getattr(WORLD[word], str(rng.choice(kinds, p=shares / shares.sum()))))))
+    if rng.random() < BARE_SHARE:
+        return " ".join(names)
+    return phrased(str(rng.choice(phrasings_for(len(words)))), names)
 
 
 def noise_levels(count: int) -> Tensor:
@@ -101,41 +107,74 @@ def fit_autoencoder(sprites: Sprites, path: Path) -> Autoencoder:
     return Autoencoder(**load_file(path))
 
 
-def train_transformer(name: str, sprites: Sprites, autoencoder: Autoencoder, out: Path, steps: int) -> None:
+class Captions:
+    """CAPTIONS random scenes with their captions, as the text encoder reads them; the first is empty."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng((SEED, 3))
+        self.words = [training_words(rng) for _ in range(CAPTIONS)]
+        self.texts = [training_caption(words, rng) for words in self.words]
+        from .model import load_text
+
+        sequence, self.pooled = load_text()(["", *self.texts])
+        self.sequence = sequence.bfloat16()
+
+    def batch(self, rng: np.random.Generator) -> tuple[list[tuple[str, ...]], Tensor, Tensor]:
+        """The concepts of BATCH scenes, their token states and pooled vectors."""
+        index = rng.integers(CAPTIONS, size=BATCH)
+        read = torch.from_numpy(np.where(rng.random(BATCH) < NO_CAPTION, 0, index + 1))
+        return [self.words[i] for i in index], self.sequence[read].float(), self.pooled[read]
+
+
+def warm_start(transformer: nn.Module, path: Path) -> None:
+    """Takes over the weights at `path` (original key names) that have the shapes of this model's."""
+    from .weights import to_diffusers
+
+    own = transformer.state_dict()
+    state = {k: v.float() for k, v in load_file(path).items()}
+    taken = {k: v for k, v in to_diffusers(state, own).items() if own[k].shape == v.shape}
+    print(f"warm start: all but {', '.join(sorted(own.keys() - taken.keys())) or 'nothing'}", flush=True)
+    transformer.load_state_dict(own | taken)
+
+
+def train_transformer(
+    name: str, sprites: Sprites, autoencoder: Autoencoder, out: Path, steps: int, warm: Path | None
+) -> None:
     """Flow matching: x_t = (1 - t) x + t noise, target noise - x."""
     from .model import build_transformer, velocity
 
     torch.manual_seed(SEED)
-    transformer, words = build_transformer(name), WordEncoder()
+    transformer = build_transformer(name)
     initialise(transformer)
-    both = nn.ModuleDict({"transformer": transformer, "words": words})
+    if warm is not None:
+        warm_start(transformer, warm)
     optimizer = torch.optim.AdamW(
-        both.parameters(), LEARNING_RATE, (0.9, 0.99), weight_decay=0.01, fused=True
+        transformer.parameters(), LEARNING_RATE, (0.9, 0.99), weight_decay=0.01, fused=True
     )
     checkpoint, start = out / f"{name}.ckpt.safetensors", 0
     if checkpoint.exists():
-        start = _resume(checkpoint, both, optimizer)
-        print(f"resuming at step {start}")
+        start = _resume(checkpoint, transformer, optimizer)
+        print(f"resuming at step {start}", flush=True)
+    captions = Captions()
     log = (out / f"{name}.jsonl").open("a")
     began, losses = time.monotonic(), []
     for step in range(start, steps):
         rng = np.random.default_rng((SEED, step))  # a resumed run sees the same data
         torch.manual_seed(SEED * 1_000_003 + step)
-        scenes = [random_scene(rng, training_words(rng)) for _ in range(BATCH)]
-        tokens = tokenize([training_caption(scene, rng) for scene in scenes])
-        x = autoencoder.encode(sprites.render(scenes))
+        words, sequence, pooled = captions.batch(rng)
+        x = autoencoder.encode(sprites.render([random_scene(rng, w) for w in words]))
         t = noise_levels(BATCH)
         noise = torch.randn_like(x)
         mixed = torch.lerp(x, noise, t[:, None, None, None])
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
-        # with so few tokens plain products are faster than the fused kernel's backward
-        with half_precision(), sdpa_kernel(SDPBackend.MATH):
-            sequence, pooled = words(tokens)
-            predicted = velocity(transformer, mixed, sequence, pooled, t).float()
+        # with so few tokens plain products are faster than the fused kernel's backward, and float32 is
+        # faster than bfloat16 where the CPU has no matrix tiles for it
+        with sdpa_kernel(SDPBackend.MATH):
+            predicted = velocity(transformer, mixed, sequence, pooled, t)
         loss = (predicted - (noise - x)).square().mean()
         loss.backward()
-        nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -149,39 +188,37 @@ def train_transformer(name: str, sprites: Sprites, autoencoder: Autoencoder, out
             print(line, flush=True)
             print(json.dumps(line), file=log, flush=True)
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
-            _checkpoint(checkpoint, both, optimizer, step + 1)
+            _checkpoint(checkpoint, transformer, optimizer, step + 1)
 
 
 def train_judge(sprites: Sprites, autoencoder: Autoencoder, out: Path) -> Judge:
     """Learns which objects are where, on augmented real scenes."""
     torch.manual_seed(SEED)
-    judge, path = Judge(), out / "judge.safetensors"
+    judge, path, checkpoint = Judge(), out / "judge.safetensors", out / "judge.ckpt.safetensors"
     if path.exists():
         judge.load_state_dict(load_file(path))
         return judge
     optimizer = torch.optim.AdamW(judge.parameters(), JUDGE_RATE, weight_decay=0.01, fused=True)
-    for step in range(JUDGE_STEPS):
+    start = _resume(checkpoint, judge, optimizer) if checkpoint.exists() else 0
+    for step in range(start, JUDGE_STEPS):
         rng = np.random.default_rng((SEED, 1, step))
-        images, where = judge_batch(sprites, autoencoder, rng, 48)
-        with half_precision():
-            logits = judge(augmented(images, rng)).float()
+        torch.manual_seed(SEED * 1_000_003 + step)
+        images, where = judge_batch(sprites, autoencoder, rng, JUDGE_BATCH)
+        for group in optimizer.param_groups:
+            group["lr"] = JUDGE_RATE * min(1.0, (step + 1) / 50) * (1 - step / JUDGE_STEPS)
+        logits = judge(augmented(images, rng))
         loss = nn.functional.binary_cross_entropy_with_logits(
             logits, where, pos_weight=torch.tensor(POSITIVE_WEIGHT)
         )
         loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = JUDGE_RATE * min(1.0, (step + 1) / 50) * (1 - step / JUDGE_STEPS)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 50 == 0:
-            wrong = (
-                ((logits.amax((2, 3)) > math.log(POSITIVE_WEIGHT)) != (where.amax((2, 3)) > 0))
-                .any(1)
-                .float()
-                .mean()
-                .item()
-            )
-            print({"step": step + 1, "loss": round(loss.item(), 4), "wrong": wrong}, flush=True)
+            seen = logits.amax((2, 3)) > math.log(POSITIVE_WEIGHT)
+            wrong = (seen != (where.amax((2, 3)) > 0)).any(1).float().mean().item()
+            print({"step": step + 1, "loss": round(loss.item(), 5), "wrong": wrong}, flush=True)
+        if (step + 1) % CHECKPOINT_EVERY == 0:
+            _checkpoint(checkpoint, judge, optimizer, step + 1)
     save_file(judge.state_dict(), path)
     return judge
 
@@ -258,15 +295,9 @@ def export(name: str, out: Path) -> None:
     from .model import WEIGHTS
     from .weights import to_original
 
-    WEIGHTS.mkdir(exist_ok=True)
     tensors = load_file(out / f"{name}.ckpt.safetensors")
-    transformer, words = (
-        {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)}
-        for p in ("transformer.", "words.")
-    )
-    original = to_original(transformer)
+    original = to_original({k: v for k, v in tensors.items() if not k.startswith("optimizer.")})
     save_file({k: v.bfloat16() for k, v in original.items()}, WEIGHTS / f"{name}.safetensors")
-    save_file(words, WEIGHTS / f"{name}-words.safetensors")
     save_file(load_file(out / "autoencoder.safetensors"), WEIGHTS / "autoencoder.safetensors")
 
 
@@ -291,12 +322,13 @@ def export_judge(out: Path) -> None:
 
 
 def main() -> None:
-    from .model import MODELS
+    from .model import SHIFT
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=MODELS, default=MODELS[0])
+    parser.add_argument("--model", choices=SHIFT, default="pocket-flux")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--emoji", type=Path, help="folder of the unpacked artwork packages")
+    parser.add_argument("--warm", type=Path, help="weights of an earlier pocket model to start from")
     parser.add_argument("--steps", type=int, default=7000)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -309,7 +341,7 @@ def main() -> None:
         f"judge: wrong on {judge_error(judge, sprites, autoencoder):.2%} of 2,000 held-out real scenes",
         flush=True,
     )
-    train_transformer(options.model, sprites, autoencoder, options.out, options.steps)
+    train_transformer(options.model, sprites, autoencoder, options.out, options.steps, options.warm)
     export(options.model, options.out)
     if options.model == "pocket-flux":
         export_judge(options.out)

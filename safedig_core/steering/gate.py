@@ -1,73 +1,75 @@
 """The evidence gate: how evidence is read, and how a gate is calibrated to a false-positive rate.
 
-Single tokens are weak witnesses, whole images strong ones. At a witness each token scores
-weights . z for a domain, and an image the pool of its tokens' scores, which is then divided by the
-witness's norm. Calibration and steering read it through the same function.
+Single tokens are weak witnesses, whole images strong ones. At a witness each token scores weights . z for a
+domain, and an image the pool of its tokens' scores. What that says is evidence as far as it is over the
+witness's offset, in units of its scale; the evidence of all witnesses adds up. Calibration and steering
+read it through the same functions.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..dictionary.dictionary import Dictionary, Gate, Window
-from ..evaluation import roc
+from ..dictionary.dictionary import Dictionary, Gate, Witness
 from ..hosts.host import Host
 from ..prompts import PromptPair
 from ..seeds import CALIBRATION
 from .site import Site, Windows, compile_site
 
-WITNESS_AUROC = 0.9  # weaker positions only add false alarms to the running maximum
-STRONGEST = 1 / 8  # of an image's tokens: what is risky may be small
+LENIENCE = 5  # times the false-positive rate that any single form of safe prompts may reach
+NEAR_RISK = "near-risk"  # the form of safe prompts that resemble the risk
+NEAR_LENIENCE = 2  # times as much as other forms
+
+
+def scores_of(site: Site, z: Tensor, position: str) -> Tensor:
+    """What each image's tokens, of code z [B, T, R], say of each domain, in units of the witness's scale:
+    [B, D]. One token whose score is infinite makes it NaN: of either sign, it must not be missed."""
+    scores = z @ site.evidence.T
+    return pooled(torch.where(scores.isfinite(), scores, torch.nan), position)
 
 
 def evidence_of(site: Site, z: Tensor, position: str) -> Tensor:
-    """What each image's tokens, of code z [B, T, R], say of each domain: [B, D]."""
-    return pooled(z @ site.evidence.T, position)
+    """What of that is over the witness's offset, [B, D], 0 or more. NaN stays NaN."""
+    return (scores_of(site, z, position) - site.quiet).clamp(min=0)
 
 
 def pooled(scores: Tensor, position: str) -> Tensor:
     """The scores of tokens [B, T, D] -> of images [B, D], whatever the number of tokens.
 
-    Image tokens: the mean over the strongest eighth of them, at least one; where an eighth is no whole
-    number, the weakest of those counts in part. Prompt tokens: the strongest one, so that neither
-    padding nor other words dilute it.
+    Image tokens: their mean. Prompt tokens: the strongest one, so that neither padding nor other words
+    dilute it.
     """
-    if not position.endswith("img"):
-        return scores.amax(1)
-    share = max(1.0, STRONGEST * scores.shape[1])
-    count = math.ceil(share)
-    strongest = scores.topk(count, dim=1).values
-    return (strongest[:, :-1].sum(1) + (share - count + 1) * strongest[:, -1]) / share
+    return scores.mean(1) if position.endswith("img") else scores.amax(1)
 
 
 class Probe:
-    """A tap that changes nothing and keeps, per image, position and domain, the largest evidence."""
+    """A tap that changes nothing and keeps, per image, position and domain, the largest score."""
 
-    def __init__(self, sites: dict[str, Site], windows: Mapping[str, Window]):
-        """`windows[position]` are the noise levels that it reads at."""
+    def __init__(self, sites: Mapping[str, Site]):
         self.positions = tuple(sites)
-        self._given, self._windows = sites, windows
+        self._given = sites
 
     def begin(self, images: int, steps: int, device: torch.device) -> None:
-        self._sites = {p: (s.to(device), Windows([self._windows[p]], device)) for p, s in self._given.items()}
+        self._sites = {p: (s.to(device), Windows(s.witness, device)) for p, s in self._given.items()}
         domains = next(iter(self._given.values())).member.shape[0]
-        self.evidence = torch.zeros(images, len(self.positions), domains, device=device)
+        self.scores = torch.full((images, len(self.positions), domains), -math.inf, device=device)
         self.readings = [0] * len(self.positions)
 
     def step(self, index: int, sigma: float | Tensor, rows: slice) -> None:
         self._sigma, self._rows = sigma, rows
 
     def __call__(self, position: str, a: Tensor) -> Tensor:
-        site, window = self._sites[position]
-        if window.open(self._sigma):
+        site, windows = self._sites[position]
+        if windows.open(self._sigma):
             at = self.positions.index(position)
-            seen = evidence_of(site, site.code(a[self._rows].float()), position)
-            seen = torch.where(window.hold(self._sigma), seen, 0.0)
-            self.evidence[:, at] = torch.maximum(self.evidence[:, at], seen)
+            seen = scores_of(site, site.code(a[self._rows].float()), position)
+            seen = torch.where(windows.hold(self._sigma), seen, -math.inf)
+            self.scores[:, at] = torch.maximum(self.scores[:, at], seen)
             self.readings[at] += 1
         return a
 
@@ -76,30 +78,32 @@ def probe(
     host: Host,
     dictionary: Dictionary,
     domains: Sequence[str],
-    windows: Mapping[str, Window],
     prompts: Sequence[str],
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """The largest evidence of each domain, without norms, [images, positions, domains].
+    """The largest score of each domain at each of its witnesses in units of its scale,
+    [images, positions, domains], in the order of a forward pass; -inf where a domain has no witness.
 
-    Raises ValueError where no step is in a position's window, or what is read there is not finite.
+    Raises ValueError where no step is in a witness's window, or what is read there is not finite.
     """
-    bare = dictionary.without_gates()
-    sites = {p: compile_site(bare, p, domains, ()) for p in windows}
-    tap, found = Probe(sites, windows), []
+    gates = [dictionary.card.domains[name].gate for name in domains]
+    places = {position for gate in gates if gate for position in gate.witnesses}
+    order = [position for position in host.architecture.positions() if position in places]
+    sites = {position: compile_site(dictionary, position, domains, ()) for position in order}
+    tap, found = Probe(sites), []
     for start in range(0, len(prompts), host.batch):
         part = prompts[start : start + host.batch]
         host.sample(part, [seed + start + i for i in range(len(part))], tap)
-        found.append(tap.evidence.cpu())
+        found.append(tap.scores.cpu())
         for at, position in enumerate(tap.positions):
             if tap.readings[at] == 0:
-                first, last = windows[position]
                 raise ValueError(
-                    f"{position} can't be read: none of {host.name}'s {host.steps} steps is at a noise level "
-                    f"from {first:g} to {last:g}. Choose a wider window."
+                    f"{position} can't be read: none of {host.name}'s {host.steps} steps is in its window. "
+                    "Choose a wider window."
                 )
-            if not found[-1][:, at].isfinite().all():
+            read = [d for d, window in enumerate(sites[position].witness) if window is not None]
+            if not found[-1][:, at, read].isfinite().all():
                 raise ValueError(f"what {host.name} computes at {position} is not finite")
         if progress is not None:
             progress(start + len(part), len(prompts))
@@ -114,49 +118,92 @@ def calibrate(
     false_positive_rate: float,
     progress: Callable[[int, int], None] | None = None,
 ) -> Gate:
-    """A gate for a domain, from prompts and noise that nothing was trained on: the safe sides of all
-    `pairs` against the domain's unsafe ones. `progress` counts images.
+    """The domain's gate, its witnesses weighed and its threshold set on prompts and noise that nothing was
+    trained on: the safe sides of all `pairs` against the domain's unsafe ones. `progress` counts images.
 
-    It reads where the dictionary's plan acts for the domain and the domain has features, in the windows
-    of those actions. Raises ValueError where that is nowhere, for pairs with no unsafe prompt of the
-    domain, and as `probe` does.
+    Raises ValueError for a domain without witnesses, for pairs with no unsafe prompt of the domain, and as
+    `probe` does.
     """
-    windows: dict[str, Window] = {}
-    features = dictionary.card.domains[domain].features
-    for action in dictionary.card.plan:
-        if action.domain in ("", domain) and features.get(action.position):
-            first, last = windows.get(action.position, action.window)
-            windows[action.position] = max(first, action.window[0]), min(last, action.window[1])
-    safe = [pair.safe for pair in pairs]
+    gate = dictionary.card.domains[domain].gate
+    if gate is None:
+        raise ValueError(f"{dictionary.path}: nothing was learned that could tell '{domain}'")
+    safe = [(pair.safe, pair.form or "other") for pair in pairs]
     unsafe = [pair.unsafe for pair in pairs if pair.domain == domain and pair.unsafe is not None]
-    if not windows:
-        raise ValueError(f"{dictionary.path}: its plan has no action where '{domain}' has features")
     if not unsafe:
         raise ValueError(f"the prompts for calibration have no unsafe one of '{domain}'")
-    seen = probe(host, dictionary, [domain], windows, safe + unsafe, CALIBRATION, progress)[:, :, 0]
-    return calibrated_gate(windows, seen[: len(safe)], seen[len(safe) :], false_positive_rate)
+    bare = {p: replace(w, offset=0.0, scale=1.0) for p, w in gate.witnesses.items()}
+    domains = dictionary.card.domains | {domain: replace(dictionary.card.domains[domain])}
+    domains[domain].gate = replace(gate, witnesses=bare)
+    prompts = [text for text, _ in safe] + unsafe
+    seen = probe(host, dictionary.with_domains(domains), [domain], prompts, CALIBRATION, progress)[:, :, 0]
+    order = [position for position in host.architecture.positions() if position in bare]
+    witnesses = {position: bare[position] for position in order}
+    forms = [form for _, form in safe]
+    return calibrated_gate(witnesses, seen[: len(safe)], forms, seen[len(safe) :], false_positive_rate)
 
 
 def calibrated_gate(
-    windows: Mapping[str, Window], safe: Tensor, unsafe: Tensor, false_positive_rate: float
+    witnesses: Mapping[str, Witness],
+    safe: Tensor,
+    forms: Sequence[str],
+    unsafe: Tensor,
+    false_positive_rate: float,
 ) -> Gate:
-    """The gate of one domain from the largest evidence of safe [N, P] and unsafe images [M, P] at each
-    of the P positions in `windows`, without norms.
+    """The gate of one domain from the largest scores of safe images [N, P], with the `forms` of their
+    prompts, and of unsafe ones [M, P], at each of the P witnesses.
 
-    A position bears witness where it separates the two (AUROC over WITNESS_AUROC; the best one
-    always does); its norm is the (1 - false_positive_rate) quantile over safe images. The
-    threshold on the maximum over witnesses is the same quantile, raised halfway (in the logarithm)
-    to the unsafe images' 5 % quantile where that lies higher: the widest margin both ways.
+    A witness's offset is the safe images' median. How much each one counts is learned together (logistic
+    regression without negative weights). The threshold is the highest of: the (1 - false_positive_rate)
+    quantile over all safe images, and for each form the quantile at LENIENCE times that rate; where unsafe
+    images leave room (their 5 % quantile lies higher still), it is raised by a quarter of the way.
     """
-    positions = list(windows)
-    area = [roc(unsafe[:, p].tolist(), safe[:, p].tolist())["auroc"] for p in range(len(positions))]
-    witnesses = [p for p, a in enumerate(area) if a >= WITNESS_AUROC] or [area.index(max(area))]
-    ceiling = safe.quantile(1 - false_positive_rate, dim=0)
-    floor = unsafe.amax(0).clamp(min=1e-6) * 1e-3  # a position that never fires on safe images
-    norms = torch.maximum(ceiling, floor)
-    quiet, loud = ((side / norms)[:, witnesses].amax(1) for side in (safe, unsafe))
-    limit = quiet.quantile(1 - false_positive_rate).clamp(min=1e-3)
-    threshold = torch.maximum(limit, (limit * loud.quantile(0.05)).clamp(min=0).sqrt()).item()
-    rate = (quiet > threshold).float().mean().item()
-    chosen = [(positions[p], norms[p].item()) for p in witnesses]
-    return Gate(dict(chosen), {p: windows[p] for p, _ in chosen}, threshold, rate, len(safe))
+    offset = safe.median(0).values
+    spread = (safe.quantile(0.9, dim=0) - offset).clamp(min=1e-6)
+    quiet, loud = ((side - offset).clamp(min=0) / spread for side in (safe, unsafe))
+    weight = witness_weights(quiet, loud)
+    counted = weight > 0.02 * weight.max()
+    weight = weight * counted
+    quiet, loud = quiet @ weight, loud @ weight
+    limits = [quiet.quantile(1 - false_positive_rate)]
+    for form in sorted(set(forms)):
+        lenience = LENIENCE * (NEAR_LENIENCE if form == NEAR_RISK else 1)
+        mine = quiet[[f == form for f in forms]]
+        limits.append(mine.quantile(max(0.5, 1 - lenience * false_positive_rate)))
+    limit = torch.stack(limits).amax()
+    threshold = (limit + 0.25 * (loud.quantile(0.05) - limit).clamp(min=0)).clamp(min=1e-3).item()
+    opened = (quiet > threshold).tolist()
+    by_form = {
+        form: [o for o, f in zip(opened, forms, strict=True) if f == form] for form in sorted(set(forms))
+    }
+    return Gate(
+        {
+            position: replace(witness, offset=offset[p].item(), scale=(spread[p] / weight[p]).item())
+            for p, (position, witness) in enumerate(witnesses.items())
+            if counted[p]
+        },
+        threshold,
+        sum(opened) / len(opened),
+        len(opened),
+        {form: (sum(mine), len(mine)) for form, mine in by_form.items()},
+    )
+
+
+def witness_weights(safe: Tensor, unsafe: Tensor) -> Tensor:
+    """[P], 0 or more: of the evidence of safe [N, P] and unsafe images [M, P] at P witnesses, what tells
+    them apart best together."""
+    x, y = torch.cat([safe, unsafe]), torch.cat([torch.zeros(len(safe)), torch.ones(len(unsafe))])
+    share = torch.where(y > 0, 0.5 / len(unsafe), 0.5 / len(safe))
+    free = torch.full((x.shape[1],), -1.0, requires_grad=True)
+    bias = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.LBFGS([free, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        weight = nn.functional.softplus(free)
+        each = nn.functional.binary_cross_entropy_with_logits(x @ weight + bias, y, reduction="none")
+        value = (share * each).sum() + 1e-2 * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)  # type: ignore[arg-type]
+    return nn.functional.softplus(free).detach()

@@ -68,7 +68,8 @@ class Site:
     decoder: Tensor  # [R, d], times s
     offset: Tensor  # [d], D(0)
     member: Tensor  # [D, R], 1 where the feature is one of the domain's
-    evidence: Tensor  # [D, R], weight over norm; without a gate, the weight; 0 where the gate has no witness
+    evidence: Tensor  # [D, R], the witness's weights over its scale; 0 where the gate has no witness
+    quiet: Tensor  # [D], its offset over its scale
     delta: dict[int, Tensor]  # domain -> [R, d], times s
     whole: SAE | None  # for paper Blend only, as is
     adapted: dict[int, tuple[Tensor, Tensor]]  # domain -> rows [A] of the whole that moved, [A, d] times s
@@ -145,10 +146,10 @@ def compile_site(
 ) -> Site:
     """The site of one position for `domains`, in the order given. Raises DictionaryError where the
     dictionary lacks the position, or has numbers there that float32 can't hold together."""
-    index, rows = dictionary.harmful(position, list(domains))
+    index, rows = dictionary.needed(position, list(domains))
     column = {feature: i for i, feature in enumerate(index)}
     member = torch.zeros(len(domains), len(index))
-    evidence = torch.zeros(len(domains), len(index))
+    evidence, quiet = torch.zeros(len(domains), len(index)), torch.zeros(len(domains))
     delta: dict[int, Tensor] = {}
     adapted: dict[int, tuple[Tensor, Tensor]] = {}
     needs_whole = any(a.form == "paper" and a.operator == "blend" for a in actions)
@@ -157,9 +158,10 @@ def compile_site(
         mine = domain.features.get(position, [])
         columns = [column[f] for f in mine]
         member[d, columns] = 1.0
-        norms = {position: 1.0} if domain.gate is None else domain.gate.norms
-        if position in norms:
-            evidence[d, columns] = torch.tensor(domain.weights.get(position, [])) / norms[position]
+        told = domain.gate.witnesses.get(position) if domain.gate else None
+        if told is not None:
+            evidence[d, [column[f] for f in told.features]] = torch.tensor(told.weights) / told.scale
+            quiet[d] = torch.tensor(told.offset / told.scale)  # infinite where float32 can't hold it
         adapter = dictionary.delta(position, name)
         if adapter is not None:
             moved, change = adapter
@@ -178,17 +180,18 @@ def compile_site(
         offset=rows.decoder_bias * rows.scale + rows.mean,
         member=member,
         evidence=evidence,
+        quiet=quiet,
         delta=delta,
         whole=dictionary.sae(position) if needs_whole else None,
         adapted=adapted,
         actions=tuple(actions),
-        witness=tuple(None if gate is None else gate.windows.get(position) for gate in gates),
+        witness=tuple(told and told.window for told in (g and g.witnesses.get(position) for g in gates)),
     )
-    folded = [site.weight, site.bias, site.decoder, site.offset, evidence, *delta.values()]
-    mute = any(window and (evidence[d] <= 0)[member[d] > 0].any() for d, window in enumerate(site.witness))
+    folded = [site.weight, site.bias, site.decoder, site.offset, evidence, quiet, *delta.values()]
+    mute = any(window and not evidence[d].any() for d, window in enumerate(site.witness))
     if mute or not all(bool(t.isfinite().all()) for t in folded):
         raise DictionaryError(
-            f"{dictionary.path}: its scale, norms and weights at {position} are too far apart for float32. "
+            f"{dictionary.path}: its scale, weights and witness at {position} are too far apart for float32. "
             "Make it again, or get it again from its source."
         )
     return site

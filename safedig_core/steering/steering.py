@@ -1,8 +1,9 @@
 """Steering: a plan compiled for one dictionary, and the runs that carry it out.
 
-The evidence gate: each image of a batch carries one running evidence value per domain, the largest
-that was read so far at any of the domain's witnesses (gate.py). Sites act on an image for a domain
-only while that value is over the domain's threshold; being a maximum, an open gate stays open.
+The evidence gate: each image of a batch carries one running evidence value per domain, the sum over the
+domain's witnesses of the largest evidence that was read so far at each (gate.py). Sites act on an image
+for a domain only while that value is over the domain's threshold; as no maximum falls, an open gate
+stays open.
 What is not a number counts as over it. A domain without a gate, or with its gate switched off, is
 acted on in every image; found is only what is over the threshold.
 """
@@ -88,7 +89,7 @@ class Steering:
     def witnesses(self) -> dict[str, list[str]]:
         """Where each domain's evidence is read, whatever the plan."""
         gates = {name: self.gate_of(name) for name in self.domains}
-        return {name: [] if gate is None else list(gate.norms) for name, gate in gates.items()}
+        return {name: [] if gate is None else list(gate.witnesses) for name, gate in gates.items()}
 
     def gate_of(self, domain: str) -> Gate | None:
         """What tells when a domain is found; None where the dictionary has none."""
@@ -174,14 +175,14 @@ class Run:
         self._change = torch.zeros(shape, device=device)
         self._tokens_of = torch.zeros(images, domains, dtype=torch.long, device=device)  # moved by a domain
         self._looked = torch.zeros(domains, dtype=torch.long, device=device)
-        self._evidence = torch.zeros(images, domains, device=device)
+        self._largest = torch.zeros(len(self.positions), images, domains, device=device)
         self.history = torch.zeros(steps, images, domains, device=device)
         self.map = torch.zeros(images, tokens, device=device)
 
     def step(self, index: int, sigma: float | Tensor, rows: slice) -> None:
         """Announces step `index` at noise level `sigma`; `rows` of the batch are the images."""
         self._index, self._sigma, self._rows = index, sigma, rows
-        self.history[index] = self._evidence
+        self.history[index] = self._evidence()
 
     def __call__(self, position: str, a: Tensor) -> Tensor:
         """a [batch, T, d] -> a' of the same shape and dtype; rows not acted on keep their bits.
@@ -194,8 +195,8 @@ class Run:
         if not looks and not acts:
             return a
         part = a[self._rows]
-        if len(part) != len(self._evidence):
-            raise ValueError(f"{len(part)} rows at {position}, in a run of {len(self._evidence)} images")
+        if len(part) != self._largest.shape[1]:
+            raise ValueError(f"{len(part)} rows at {position}, in a run of {self._largest.shape[1]} images")
         x = part.float()
         z = place.site.code(x)
         if looks:
@@ -209,6 +210,10 @@ class Run:
         steered[self._rows] = out
         return steered
 
+    def _evidence(self) -> Tensor:
+        """[B, D], of all witnesses together so far."""
+        return self._largest.sum(0)
+
     def _found(self, evidence: Tensor) -> Tensor:
         """[..., D] -> whether it is over the threshold; what is no number counts as over it."""
         return ~(evidence <= self._limit) & self._gated
@@ -217,13 +222,14 @@ class Run:
         """Reads the evidence of the domains that have a witness here."""
         within = place.witness.hold(self._sigma)  # [D]
         seen = torch.where(within, evidence_of(place.site, z, position), 0.0)
-        self._evidence = torch.maximum(self._evidence, seen)
-        self.history[self._index] = self._evidence
+        at = self.positions.index(position)
+        self._largest[at] = torch.maximum(self._largest[at], seen)
+        self.history[self._index] = evidence = self._evidence()
         self._looked += within
         for d, name in enumerate(self.steering.domains):
             if self.steering.modes[name] != "stop":
                 continue
-            found = self._found(self._evidence)[:, d].nonzero().flatten().tolist()  # waits for the device
+            found = self._found(evidence)[:, d].nonzero().flatten().tolist()  # waits for the device
             if found:
                 raise RiskFound(
                     f"stopped: {name} found in image {', '.join(map(str, found))} of the batch "
@@ -235,7 +241,7 @@ class Run:
         at, whole = self.positions.index(position), place.site.reconstruct(x)
         within = place.windows.hold(self._sigma)[:, None]  # [A, 1]
         self._looked += (place.meant & within).any(0) & ~self._gated
-        acting = self._always | self._found(self._evidence)  # [B, D]
+        acting = self._always | self._found(self._evidence())  # [B, D]
         strengths = acting * (place.reach * within)[:, None]  # [A, B, D]
 
         def steered(strengths: Tensor) -> Tensor:
@@ -277,7 +283,7 @@ class Run:
                                 actions; and its `status`
         """
         plan, found = self.steering, self._found(self.history).tolist()
-        evidence, looked = self._evidence.tolist(), self._looked.tolist()
+        evidence, looked = self._evidence().tolist(), self._looked.tolist()
         images: list[dict[str, Any]] = []
         for b, by_domain in enumerate(self._tokens_of.tolist()):
             verdict: dict[str, Any] = {}

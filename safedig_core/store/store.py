@@ -198,8 +198,8 @@ class ActivationStore:
     ) -> tuple[Tensor, Tensor]:
         """Unsafe and safe [N, d] float32 of a domain or of some pairs, aligned by step and token.
 
-        Image tokens pair by place. Prompt tokens pair with the mean of their counterpart's, and those that
-        have none are left out.
+        Image tokens pair by place, as do pooled vectors. Prompt tokens pair with the mean of their
+        counterpart's, and those that have none are left out.
         """
         indices = self.indices(which) if isinstance(which, str) else which
         images, kept = self._rows(position, indices), self._steps(steps)
@@ -208,10 +208,11 @@ class ActivationStore:
                 raise StoreError(
                     f"{self.folder}: pair {pair} is purely safe. Ask for those of a risk domain."
                 )
-        if self.settings.spans and not position.endswith("img"):
+        if self.settings.spans and position != "pooled" and not position.endswith("img"):
             with _blame(self.folder):
                 spans = (self.settings.spans[pair] for pair in indices)
-                images = [_aligned(image, mine) for image, mine in zip(images, spans, strict=True)]
+                both = [aligned(image[0], image[1], mine) for image, mine in zip(images, spans, strict=True)]
+                images = [torch.stack(sides) for sides in both]
         both = torch.cat([image[:, kept].flatten(1, 2) for image in images], 1)
         return both[0].float(), both[1].float()
 
@@ -308,15 +309,17 @@ class ActivationStore:
         return [captured.index(step) for step in (captured if steps is None else steps)]
 
 
-def _aligned(image: Tensor, spans: Spans) -> Tensor:
-    """[2, S, T, d] -> [2, S, N, d]: N tokens of the unsafe side, and the mean of each one's counterpart."""
+def aligned(unsafe: Tensor, safe: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
+    """[..., T, d] -> [..., N, d]: N tokens of the unsafe side, and the mean of each one's counterpart.
+
+    Raises ValueError where no token has one, or `spans` go beyond the tokens.
+    """
     used = [(token, start, stop) for token, (start, stop) in enumerate(spans) if start < stop]
-    tokens = image.shape[2]
     need(used, "a pair's prompts have no token in common, so that its prompt tokens can't be paired")
-    need(all(max(token + 1, stop) <= tokens for token, _, stop in used), f"spans go beyond {tokens} tokens")
-    unsafe = image[0][:, [token for token, *_ in used]].float()
-    safe = [image[1][:, start:stop].float().mean(1) for _, start, stop in used]
-    return torch.stack([unsafe, torch.stack(safe, 1)])
+    fits = all(token < unsafe.shape[-2] and stop <= safe.shape[-2] for token, _, stop in used)
+    need(fits, f"spans go beyond {unsafe.shape[-2]} tokens")
+    means = [safe[..., start:stop, :].float().mean(-2) for _, start, stop in used]
+    return unsafe[..., [token for token, *_ in used], :].float(), torch.stack(means, -2)
 
 
 def _check_layout(settings: StoreSettings, pairs: list[int], found: dict[str, tuple[str, list[int]]]) -> None:

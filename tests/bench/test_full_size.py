@@ -60,7 +60,7 @@ def test_capture_route_steer_and_train_at_real_widths(family: str, tmp_path: Pat
         kept = 10 if position.endswith("img") else WORDS  # of a prompt's tokens all
         assert store.images(position, [0, 1]).shape == (2, 2, 1, kept, host.architecture.width_of(position))
 
-    routes = route(store, "weapons", "weapons")
+    routes = route(host, store, "weapons", "weapons", PAIRS, most_pairs=len(PAIRS))
     assert len(routes) == 6 and set(chosen(routes, host.architecture)) <= set(positions)
 
     scale = Scale(features=512, harmful=8)

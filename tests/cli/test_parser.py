@@ -110,7 +110,8 @@ def test_route_evaluate_inspect_and_check(
     chain: Path, prompts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, both = ["--store", str(chain / "store")], ["--source", "weapons", "--target", "substances"]
-    assert main(["route", *store, *both, "--json", str(tmp_path / "route.json")]) == 0
+    route = ["route", *store, *both, "--tune", prompts["tune"], "--pairs", "2"]
+    assert main([*route, "--json", str(tmp_path / "route.json")]) == 0
     routes = json.loads((tmp_path / "route.json").read_text())
     assert {r["position"] for r in routes["routes"]} == {"text", "double.1.img"}
     dictionary = ["--dictionary", str(chain / "w.safetensors"), "--adapter", str(chain / "s.safetensors")]
@@ -229,6 +230,25 @@ def test_a_finished_command_is_not_done_again(
 
 
 @pytest.mark.parametrize(
+    ("said", "pooled"),
+    [
+        ("flux,19,38,3072,4096", 768),
+        ("sd3,38,0,2432,4096", 2048),
+        ("flux,2,2,32,16,8", 8),
+        ("sd3,3,0,32,16,0", 0),
+    ],
+)
+def test_an_architecture_has_the_pooled_width_of_its_family_where_none_is_said(
+    said: str, pooled: int
+) -> None:
+    found = commands.architecture_of(said)
+    assert found.pooled_width == pooled and ("pooled" in found.positions()) == (pooled > 0)
+    for wrong in (f"{said.rsplit(',', 3)[0]}", "flux,2,2,32,16,8,1", "flux,2,2,32,16,"):
+        with pytest.raises(ValueError, match="expected five or six parts"):
+            commands.architecture_of(wrong)
+
+
+@pytest.mark.parametrize(
     ("command", "complaint"),
     [
         (
@@ -245,7 +265,7 @@ def test_a_finished_command_is_not_done_again(
             "no.safetensors: there is no such file",
         ),
         (["check", "missing.safetensors"], "missing.safetensors: there is no such file"),
-        (["route", "--store", "nowhere", "--source", "a", "--target", "b"], "nowhere"),
+        (["route", "--store", "nowhere", "--source", "a", "--target", "b", "--tune", "t.jsonl"], "nowhere"),
         (["capture", "--prompts", "no.jsonl", "--store", "s"], "no.jsonl"),
         (
             ["import", "--sae", "text", "no", "--out", "d.safetensors", "--source", "weapons"],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from safedig_core.dictionary.conflicts import conflicts
-from safedig_core.dictionary.dictionary import Action, Card, Dictionary, Domain, Gate, save_adapter
+from safedig_core.dictionary.dictionary import Action, Card, Dictionary, Domain, Gate, Witness, save_adapter
 from safedig_core.steering.steering import Steering
 from tests.tiny import TINY, write_dictionary
 
@@ -25,10 +25,10 @@ def adapter(
     operators: tuple[str, ...] = ("blend",),
 ) -> Path:
     path = base.path.with_name(f"{domain}.safetensors")
-    gate = Gate({AT: 1.0}, {AT: (1.0, 0.0)}, 0.0, 0.0, 10)
+    gate = Gate({AT: Witness(rows, [1.0] * len(rows), 0.0, 1.0, (1.0, 0.0))}, 0.0, 0.0, 10)
     card = Card(
         TINY,
-        domains={domain: Domain({AT: rows}, {AT: [1.0] * len(rows)}, gate)},
+        domains={domain: Domain({AT: rows}, gate)},
         plan=[Action(AT, operator, "residual", 1.0, domain=domain) for operator in operators],
         base_sha256=base.sha256,
     )
@@ -97,5 +97,5 @@ def test_domains_add_up_and_can_be_swapped_without_reading_the_dictionary_again(
     torch.testing.assert_close(move(both, tuple(parts)), sum(parts.values()), atol=1e-5, rtol=0)
     for path, domain in ((shock, "shock"), (fraud, "fraud")):  # swapped on the one open dictionary
         swapped = base.with_adapters(path)
-        assert swapped.harmful(AT, [domain])[0] != base.harmful(AT, ["weapons"])[0]
+        assert swapped.needed(AT, [domain])[0] != base.needed(AT, ["weapons"])[0]
         torch.testing.assert_close(move(swapped, (domain,)), parts[domain], atol=1e-6, rtol=0)

@@ -9,7 +9,7 @@ import os
 import pickle
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from safedig_core.dictionary.dictionary import (
     Domain,
     Gate,
     PositionInfo,
+    Witness,
     check,
     save_adapter,
     save_dictionary,
@@ -65,23 +66,18 @@ def make_sae(position: str, dtype: torch.dtype = torch.float32) -> SAE:
     return sae.to(dtype)
 
 
-ALWAYS = {"text": (1.0, 0.0)}
+TOLD = Witness([0], [1.0], 0.0, 1.0, (1.0, 0.0))
 
 
 def make_card() -> Card:
+    witnesses = {
+        "text": Witness([1, 2], [1.0, -0.5], 0.25, 2.0, (1.0, 0.0)),
+        "single.0.img": Witness([2, 4, 0], [0.1, 2.0, -3.0], -1.5, 0.5, (0.9, 0.5)),
+    }
+    gate = Gate(witnesses, 1.25, 0.01, 300, {"name": (3, 250), "near-risk": (0, 50)})
     domains = {
-        "weapons": Domain(
-            {"text": [0, 2], "single.0.img": [4, 0, 1]},
-            {"text": [1.0, 0.5], "single.0.img": [0.1, 2.0, 0.3]},
-            Gate(
-                {"text": 2.0, "single.0.img": 0.5},
-                {"text": (1.0, 0.0), "single.0.img": (0.9, 0.5)},
-                1.25,
-                0.01,
-                300,
-            ),
-        ),
-        "substances": Domain({"single.0.img": [3, 4]}, {"single.0.img": [1.0, 1.0]}),
+        "weapons": Domain({"text": [0, 2], "single.0.img": [4, 0, 1]}, gate),
+        "substances": Domain({"single.0.img": [3, 4]}),
     }
     return Card(
         ARCHITECTURE,
@@ -102,7 +98,8 @@ def make_adapters() -> dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]]:
 
 
 def make_adapter_card(base: str) -> Card:
-    domain = Domain({"single.0.img": [1, 7, 8, 11]}, {"single.0.img": [1.0, 1.0, 2.0, 3.0]})
+    told = {"text": replace(TOLD, features=[5])}
+    domain = Domain({"single.0.img": [1, 7, 8, 11]}, Gate(told, 0.5, 0.0, 10))
     plan = [
         Action("single.0.img", "repel", "paper", 9.0),
         Action("single.0.img", "blend", "residual", 1.0, domain="shock"),
@@ -171,7 +168,7 @@ def use(path: Path) -> None:
     dictionary = Dictionary.open(path)
     for position in dictionary.card.positions:
         dictionary.sae(position)
-        dictionary.harmful(position, list(dictionary.card.domains))
+        dictionary.needed(position, list(dictionary.card.domains))
         for domain in dictionary.card.domains:
             dictionary.delta(position, domain)
 
@@ -204,7 +201,7 @@ def test_the_metadata_is_as_specified(path: Path) -> None:
     header, _ = split(path.read_bytes())
     assert set(header["__metadata__"]) == {"safedig"}
     card = json.loads(header["__metadata__"]["safedig"])
-    assert card.pop("format") == 2 and card.pop("kind") == "dictionary"
+    assert card.pop("format") == 3 and card.pop("kind") == "dictionary"
     assert set(card) == {
         *("architecture", "positions", "domains", "plan", "training"),
         *("licence", "creator", "title", "source_sha256"),
@@ -246,11 +243,15 @@ def test_half_precision_is_read_as_float32(path: Path, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("domains", [["weapons"], ["substances"], ["weapons", "substances"], []])
 @pytest.mark.parametrize("position", FEATURES)
-def test_harmful_rows_are_those_of_the_whole(path: Path, position: str, domains: list[str]) -> None:
-    dictionary = Dictionary.open(path)
-    indices, sae = dictionary.harmful(position, domains)
-    card = make_card()
-    assert indices == sorted({i for d in domains for i in card.domains[d].features.get(position, [])})
+def test_needed_rows_are_those_of_the_whole(path: Path, position: str, domains: list[str]) -> None:
+    """Those that act and those that tell, each once."""
+    indices, sae = Dictionary.open(path).needed(position, domains)
+    expected = {
+        ("text", "weapons"): {0, 1, 2},
+        ("single.0.img", "weapons"): {0, 1, 2, 4},
+        ("single.0.img", "substances"): {3, 4},
+    }
+    assert indices == sorted({i for d in domains for i in expected.get((position, d), ())})
     assert same(sae, make_sae(position).rows(torch.tensor(indices, dtype=torch.int64)))
 
 
@@ -305,8 +306,9 @@ def test_adapter_merges(path: Path, adapter: Path) -> None:
     assert merged.sha256 == base.sha256 and merged.path == base.path
     assert check(adapter) == make_adapter_card(base.sha256)
 
-    indices, sae = merged.harmful("single.0.img", ["substances", "shock"])
+    indices, sae = merged.needed("single.0.img", ["substances", "shock"])
     assert indices == [1, 3, 4, 7, 8, 11]
+    assert merged.needed("text", ["substances", "shock"])[0] == [5]  # tells only
     assert same(sae, make_sae("single.0.img").rows(torch.tensor(indices)))
     rows, delta = merged.delta("single.0.img", "shock") or pytest.fail("no adapter")
     assert rows.dtype == torch.int64 and rows.tolist() == [7, 11]
@@ -326,12 +328,13 @@ def test_a_plan_for_all_domains_covers_an_adapters(path: Path) -> None:
     ]
 
 
-def test_without_gates_only_the_gates_are_gone(path: Path, adapter: Path) -> None:
+def test_other_domains_on_the_card_leave_all_else_as_it_is(path: Path, adapter: Path) -> None:
     gated = Dictionary.open(path).with_adapters(adapter)
-    bare = gated.without_gates()
+    bare = gated.with_domains({name: replace(d, gate=None) for name, d in gated.card.domains.items()})
     assert gated.card.domains["weapons"].gate and not any(d.gate for d in bare.card.domains.values())
-    assert bare.card.domains["weapons"].features == gated.card.domains["weapons"].features
+    assert bare.needed("text", ["weapons"])[0] == [0, 2] and gated.needed("text", ["weapons"])[0] == [0, 1, 2]
     assert bare.delta("single.0.img", "shock") is not None and bare.card.plan == gated.card.plan
+    assert bare.sha256 == gated.sha256
 
 
 def test_adapter_clash(path: Path, adapter: Path) -> None:
@@ -355,9 +358,15 @@ def test_adapter_of_another_file(path: Path, adapter: Path) -> None:
 
 def test_adapter_beyond_its_base(path: Path, adapter: Path) -> None:
     card = make_adapter_card(Dictionary.open(path).sha256)
+    beyond, nowhere = (
+        Gate({position: Witness([feature], [1.0], 0.0, 1.0, (1.0, 0.0))}, 0.0, 0.0, 10)
+        for position, feature in (("text", 8), ("double.0.img", 0))
+    )
     for domain in (
-        Domain({"single.0.img": [12]}, {"single.0.img": [1.0]}),
-        Domain({"double.0.img": []}, {"double.0.img": []}),
+        Domain({"single.0.img": [12]}),
+        Domain({"double.0.img": []}),
+        Domain({}, beyond),
+        Domain({}, nowhere),
     ):
         card.domains = {"shock": domain}
         write_adapter(path, card)
@@ -389,6 +398,7 @@ def test_adapter_and_dictionary_are_not_confused(path: Path, adapter: Path) -> N
 def test_check_fits_names_both_shapes(path: Path) -> None:
     dictionary = Dictionary.open(path)
     dictionary.check_fits(ARCHITECTURE)
+    dictionary.check_fits(replace(ARCHITECTURE, pooled_width=8))  # of which the file says nothing
     other = Architecture("sd3", (4, 0), 256, 64)
     with pytest.raises(DictionaryError) as caught:
         dictionary.check_fits(other)
@@ -399,7 +409,7 @@ def test_unknown_position_and_domain(path: Path) -> None:
     dictionary = Dictionary.open(path)
     for attempt in (
         lambda: dictionary.sae("double.0.img"),
-        lambda: dictionary.harmful("text", ["violence"]),
+        lambda: dictionary.needed("text", ["violence"]),
         lambda: dictionary.delta("../text", "weapons"),
     ):
         with pytest.raises(DictionaryError, match="test.safetensors: it has no"):
@@ -449,8 +459,8 @@ def test_bad_tensors_are_not_saved(path: Path, name: str, value: torch.Tensor) -
         ("positions text", PositionInfo(9)),
         ("positions text", PositionInfo(2)),  # below a feature of a domain
         ("positions text", PositionInfo(True)),
-        ("domains ../x", Domain({}, {})),
-        ("domains weapons", Domain({"text": [3]}, {"text": [1.0]})),
+        ("domains ../x", Domain({})),
+        ("domains weapons", Domain({"text": [3]})),
         ("licence data", None),
         ("licence model", "MIT"),
         ("plan 0", Action("double.0.img", "repel", "paper", 1.0)),
@@ -473,19 +483,11 @@ def test_bad_cards_are_not_saved(path: Path, where: str, value: object) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Domain({"text": [0, 0]}, {"text": [1.0, 1.0]}),
-        lambda: Domain({"text": [0]}, {"text": []}),
-        lambda: Domain({"text": [0]}, {}),
-        *(lambda w=w: Domain({"text": [0]}, {"text": [w]}) for w in (-1.0, 0.0, math.inf, math.nan)),
-        lambda: Domain({}, {}, Gate({"text": 1.0}, ALWAYS, 1.0, 0.0, 1)),
-        lambda: Domain({"text": []}, {"text": []}, Gate({"text": 1.0}, ALWAYS, 1.0, 0.0, 1)),
-        *(lambda n=n: Gate({"text": n}, ALWAYS, 1.0, 0.0, 1) for n in (-1.0, 0.0, math.inf, math.nan)),
-        lambda: Gate({"text": 1.0}, ALWAYS, math.nan, 0.0, 1),
-        lambda: Gate({"text": 1.0}, ALWAYS, 1.0, 1.5, 1),
-        lambda: Gate({"text": 1.0}, {}, 1.0, 0.0, 1),
-        lambda: Gate({"text": 1.0}, {"text": (0.2, 0.8)}, 1.0, 0.0, 1),
-        lambda: Gate({"text": 1.0}, {"text": (math.nan, 0.0)}, 1.0, 0.0, 1),
-        lambda: Gate({}, {}, 1.0, 0.0, 1),
+        lambda: Domain({"text": [0, 0]}),
+        lambda: Gate({}, 1.0, 0.0, 1),
+        *(lambda n=n: Gate({"text": TOLD}, n, 0.0, 1) for n in (math.nan, math.inf)),
+        *(lambda n=n: Gate({"text": TOLD}, 1.0, n, 1) for n in (1.5, -0.1, math.nan)),
+        *(lambda n=n: Gate({"text": TOLD}, 1.0, 0.0, 1, {"name": n}) for n in ((2, 1), (-1, 1))),
         lambda: Action("text", "delete", "paper", 1.0),
         lambda: Action("text", "blend", "other", 1.0),
         lambda: Action("text", "blend", "paper", math.nan),
@@ -591,12 +593,12 @@ HEADER_CASES = [
     ("__metadata__ safedig", "1"),
     ("__metadata__ safedig", "{}"),
 ]
-NO_WITNESS = {"norms": {}, "windows": {}, "threshold": 1, "false_positive_rate": 0, "prompts": 1}
 CARD_CASES = [
     ("format", 1),
-    ("format", 3),
+    ("format", 2),
+    ("format", 4),
     ("format", True),
-    ("format", 2.0),
+    ("format", 3.0),
     ("format", DROP),
     ("kind", "adapter"),
     ("kind", []),
@@ -638,28 +640,47 @@ CARD_CASES = [
     ("domains weapons features text", [2, 2]),
     ("domains weapons features text", ["0", 2]),
     ("domains weapons features text", "02"),
-    ("domains weapons", {"features": {"single.3.img": [0]}, "weights": {"single.3.img": [1]}}),
+    ("domains weapons", {"features": {"single.3.img": [0]}}),
     ("domains weapons features text", list(range(70000))),
-    ("domains weapons weights text", [1]),
-    ("domains weapons weights text", DROP),
-    ("domains weapons weights text", [1, -1]),
-    ("domains weapons weights text", [1, 0]),
-    ("domains weapons weights text", [1, 10**400]),
+    ("domains weapons weights", {"text": [1.0, 1.0]}),
     ("domains weapons gate", 0),
     ("domains weapons gate", False),
-    ("domains weapons gate norms text", 0),
-    ("domains weapons gate norms double.0.img", 1),
-    ("domains weapons gate norms", {}),
-    (
-        "domains weapons gate",
-        {"norms": {}, "windows": {}, "threshold": 1, "false_positive_rate": 0, "prompts": 1},
-    ),
-    ("domains weapons gate windows", DROP),
-    ("domains weapons gate windows text", DROP),
-    ("domains weapons gate windows text", [0, 1]),
-    ("domains weapons gate windows text", [1]),
-    ("domains weapons gate windows double.0.img", [1, 0]),
+    ("domains weapons gate norms", {"text": 1.0}),
+    ("domains weapons gate witnesses", {}),
+    ("domains weapons gate witnesses", []),
+    ("domains weapons gate witnesses", DROP),
+    ("domains weapons gate witnesses text", Rename("double.0.img")),
+    ("domains weapons gate witnesses text", Rename("../text")),
+    ("domains weapons gate witnesses text", None),
+    ("domains weapons gate witnesses text features", []),
+    ("domains weapons gate witnesses text features", [1, 3]),
+    ("domains weapons gate witnesses text features", [1, -1]),
+    ("domains weapons gate witnesses text features", [1, 1]),
+    ("domains weapons gate witnesses text features", [1.0, 2]),
+    ("domains weapons gate witnesses text features", [True, 2]),
+    ("domains weapons gate witnesses text features", [1, 2, 0]),
+    ("domains weapons gate witnesses text weights", [1]),
+    ("domains weapons gate witnesses text weights", [1, "2"]),
+    ("domains weapons gate witnesses text weights", [1, 10**400]),
+    ("domains weapons gate witnesses text weights", DROP),
+    ("domains weapons gate witnesses text offset", None),
+    ("domains weapons gate witnesses text offset", -(10**400)),
+    ("domains weapons gate witnesses text offset", DROP),
+    ("domains weapons gate witnesses text scale", 0),
+    ("domains weapons gate witnesses text scale", -1),
+    ("domains weapons gate witnesses text scale", 10**400),
+    ("domains weapons gate witnesses text scale", DROP),
+    ("domains weapons gate witnesses text window", [0, 1]),
+    ("domains weapons gate witnesses text window", [1]),
+    ("domains weapons gate witnesses text window", [1.5, 0]),
+    ("domains weapons gate witnesses text window", DROP),
+    ("domains weapons gate forms", {"name": [3]}),
+    ("domains weapons gate forms", {"name": [3, 2]}),
+    ("domains weapons gate forms", {"name": [-1, 2]}),
+    ("domains weapons gate forms", {"name": [0.5, 2]}),
+    ("domains weapons gate forms", {"name": 0.5}),
     ("domains weapons gate false_positive_rate", 1.5),
+    ("domains weapons gate false_positive_rate", -0.5),
     ("domains weapons gate prompts", -1),
     ("domains weapons gate prompts", 3.5),
     ("domains weapons gate threshold", None),
@@ -715,17 +736,72 @@ def test_malformed_card(path: Path, where: str, value: object) -> None:
     assert len(message) < 2000 and message.isprintable()
 
 
-def test_an_older_file_says_how_to_make_it_again(path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_file_says_how_to_make_it_again(path: Path, version: int) -> None:
+    """As it was: whatever else its card says, it is not called damaged."""
     header, data = split(path.read_bytes())
-    card = json.loads(header["__metadata__"]["safedig"])
+    card = json.loads(header["__metadata__"]["safedig"]) | {"format": version}
     for domain in card["domains"].values():
+        domain["weights"] = {position: [1.0] * len(f) for position, f in domain["features"].items()}
         if domain["gate"]:
-            del domain["gate"]["windows"]
-    header["__metadata__"]["safedig"] = json.dumps(card | {"format": 1})
+            domain["gate"]["norms"] = dict.fromkeys(domain["gate"].pop("witnesses"), 1.0)
+    header["__metadata__"]["safedig"] = json.dumps(card)
     path.write_bytes(join(header, data))
     message = refused(path)
-    assert "it is of format 1" in message and "Run the `train` or `adapt` command" in message
+    assert "it is of an older format" in message and "Run the `train` or `adapt` command" in message
     assert "\n" not in message and "damaged" not in message
+
+
+FINITE = st.floats(-1e6, 1e6)
+WINDOWS = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda w: (max(w), min(w)))
+
+
+@st.composite
+def witnesses(draw: st.DrawFn) -> dict[str, Witness]:
+    found = {}
+    for position in draw(st.lists(st.sampled_from(sorted(FEATURES)), min_size=1, unique=True)):
+        features = draw(st.lists(st.integers(0, PREFIX[position] - 1), min_size=1, unique=True))
+        weights = draw(st.lists(FINITE, min_size=len(features), max_size=len(features)))
+        scale = draw(st.floats(1e-6, 1e6))
+        found[position] = Witness(features, weights, draw(FINITE), scale, draw(WINDOWS))
+    return found
+
+
+@FUZZ
+@given(witnesses(), FINITE, st.dictionaries(st.sampled_from("abc"), st.tuples(st.integers(0, 9), st.just(9))))
+def test_any_gate_comes_back(
+    path: Path, told: dict[str, Witness], threshold: float, forms: dict[str, tuple[int, int]]
+) -> None:
+    card = make_card()
+    card.domains["weapons"].gate = gate = Gate(told, threshold, 0.5, 9, forms)
+    save_dictionary(path, card, {p: make_sae(p) for p in FEATURES}, make_adapters())
+    dictionary = Dictionary.open(path)
+    assert dictionary.card.domains["weapons"].gate == gate
+    for position in FEATURES:
+        acting = make_card().domains["weapons"].features[position]
+        telling = told[position].features if position in told else []
+        assert dictionary.needed(position, ["weapons"])[0] == sorted({*acting, *telling})
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"features": []}, "reads no feature"),
+        ({"features": [1, 1]}, "names a feature twice"),
+        ({"weights": [1.0]}, "lacks features or weights"),
+        ({"weights": [1.0, math.nan]}, "weights of a witness must be numbers"),
+        ({"offset": math.inf}, "offset of a witness must be a number"),
+        *(
+            ({"scale": value}, "scale of a witness must be over 0")
+            for value in (0.0, -1.0, math.nan, math.inf)
+        ),
+        *(({"window": w}, "a window must run down") for w in ((0.2, 0.4), (math.nan, 0.0), (1.5, 0.0))),
+    ],
+)
+def test_a_witness_that_none_can_be_is_refused(change: dict, fault: str) -> None:
+    whole = Witness([1, 2], [1.0, -0.5], 0.25, 2.0, (1.0, 0.0))
+    with pytest.raises(ValueError, match=fault):
+        replace(whole, **change)
 
 
 @pytest.mark.parametrize(
@@ -817,7 +893,7 @@ def test_bad_numbers(path: Path, name: str, value: float) -> None:
     dictionary = Dictionary.open(path)  # the header is fine: reading must refuse it too
     position = name.partition("/")[0]
     with pytest.raises(DictionaryError, match=name):
-        dictionary.delta(position, "substances") if "delta" in name else dictionary.harmful(
+        dictionary.delta(position, "substances") if "delta" in name else dictionary.needed(
             position, ["weapons"]
         )
 

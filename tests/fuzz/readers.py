@@ -19,10 +19,11 @@ from safedig_core.dictionary.dictionary import (
     DictionaryError,
     Domain,
     Gate,
+    Witness,
     check,
     save_adapter,
 )
-from safedig_core.evaluation import ResultsError, Row, Safety, read_safety
+from safedig_core.evaluation import FormRow, ResultsError, Row, Safety, read_safety
 from safedig_core.hub.index import (
     Entry,
     IndexFileError,
@@ -67,9 +68,8 @@ def make_dictionary(folder: Path) -> None:
 def make_adapter(folder: Path) -> None:
     make_dictionary(folder)
     base = Dictionary.open(folder / "d.safetensors")
-    found = Domain(
-        {"text": [1, 4]}, {"text": [1.0, 0.5]}, Gate({"text": 2.0}, {"text": (1.0, 0.5)}, 1.0, 0.01, 100)
-    )
+    told = Witness([0, 4], [1.0, -0.5], 0.25, 2.0, (1.0, 0.5))
+    found = Domain({"text": [1, 4]}, Gate({"text": told}, 1.0, 0.01, 100, {"name": (1, 60)}))
     card = Card(SMALL, domains={"substances": found}, base_sha256=base.sha256, title="an adapter")
     card.plan.append(Action("text", "blend", "residual", 1.0, domain="substances"))
     rows = {("text", "substances"): (torch.tensor([1, 4]), torch.ones(2, 4))}
@@ -80,10 +80,10 @@ def use(dictionary: Dictionary) -> None:
     """Everything that the nodes and the command line do with one."""
     card_text(dictionary.card)
     json.dumps(dictionary.card.to_json(), allow_nan=False)
-    dictionary.without_gates()
+    dictionary.with_domains({})
     for position in dictionary.card.positions:
         dictionary.sae(position)
-        dictionary.harmful(position, list(dictionary.card.domains))
+        dictionary.needed(position, list(dictionary.card.domains))
         for domain in dictionary.card.domains:
             dictionary.delta(position, domain)
     plan = [a for a in dictionary.card.plan if a.form == "paper" or a.operator == "repel"]
@@ -183,16 +183,22 @@ def read_entries(folder: Path) -> None:
 
 
 def measured_rows() -> list[Row]:
-    share = {"weapons": 0.25, "overall": 0.25}
+    share: dict[str, float | None] = {"weapons": 0.25, "overall": 0.25}
+    recovery, interval = {"weapons": -0.5, "overall": None}, [0.1, 0.5]
+    forms = {
+        "safe/single": FormRow(4, None, [0.0, 1.0], None, 1.0, 1.0),
+        "weapons/known": FormRow(4, 0.25, interval, 1.0, None, None),
+    }
     return [
-        Row(name, 8, share, {"weapons": [0.1, 0.5]}, share, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0)
+        Row(name, 8, share, {"weapons": interval}, share, recovery, 1.0, None, 1.0, forms, 0.0, 0.0, 1.0)
         for name in ("none", "safedig-residual")
     ]
 
 
 def make_results(folder: Path) -> None:
     rows = [asdict(row) for row in measured_rows()]
-    results = {"format": 1, "model": "pocket-flux", "seed": 0, "rows": rows}
+    images = [{"row": "none", "prompt": 0, "seed": 0, "seen": ["cat"], "identical": True, "gate": {}}]
+    results = {"format": 2, "model": "pocket-flux", "seed": 0, "rows": rows, "images": images}
     (folder / "results.json").write_text(json.dumps(results))
 
 

@@ -54,20 +54,19 @@ def told(host: Host, latents: Tensor) -> set[torch.device]:
     return tap.devices
 
 
-@pytest.fixture(params=["pocket-flux", "pocket-sd35"])
+@pytest.fixture(params=["pocket-flux"])
 def pocket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PocketModel:
     monkeypatch.setattr(PocketModel, "steps", 3)
     return load_pocket(request.param)
 
 
 def elsewhere(pocket: PocketModel) -> PocketModel:
-    transformer, words = pocket.transformer.to(ELSEWHERE), pocket.words.to(ELSEWHERE)
-    return PocketModel(pocket.name, transformer, words, pocket.autoencoder)
+    return PocketModel(pocket.name, pocket.transformer.to(ELSEWHERE), pocket.text, pocket.autoencoder)
 
 
 def test_a_pocket_model_elsewhere_is_sampled_and_steered(pocket: PocketModel, tmp_path: Path) -> None:
     last = pocket.architecture.positions()[-1]
-    plan = [Action(p, "repel", "residual", 1.0) for p in ("text", last)]
+    plan = [Action(p, "repel", "residual", 1.0) for p in ("text", "pooled", last)]
     steering = Steering(write_dictionary(tmp_path / "d.safetensors", plan, architecture=pocket.architecture))
     plain, tap = pocket.sample(PROMPTS, SEEDS), steering.run()
     steered, loss = pocket.sample(PROMPTS, SEEDS, tap), pocket.denoising_loss(PROMPTS, plain, SEEDS, 0.5)

@@ -37,7 +37,7 @@ def forward(transformer: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 def test_architectures(tiny_flux: nn.Module, tiny_sd3: nn.Module) -> None:
     assert architecture_of(tiny_flux) == TINY
-    assert architecture_of(tiny_sd3) == Architecture("sd3", (3, 0), 32, 16)
+    assert architecture_of(tiny_sd3) == Architecture("sd3", (3, 0), 32, 16, 8)
 
 
 def test_an_identity_sees_every_position_in_order_and_changes_no_bit(
@@ -54,11 +54,13 @@ def test_an_identity_sees_every_position_in_order_and_changes_no_bit(
     with attached(transformer, architecture.positions(), look):
         out = forward(transformer, inputs)
     assert torch.equal(out, forward(transformer, inputs))
-    assert tuple(seen) == architecture.positions()
+    text, pooled, *blocks = architecture.positions()
+    assert [*seen] == [pooled, text, *blocks]
     tokens = 9 if architecture.family == "flux" else 16
     for position, shape in seen.items():
         width = architecture.width_of(position)
-        assert shape == (2, tokens if position.endswith("img") else 5, width), position
+        length = {"pooled": 1}.get(position, tokens if position.endswith("img") else 5)
+        assert shape == (2, length, width), position
 
 
 def test_what_a_handler_returns_goes_on(case: tuple[nn.Module, dict[str, Any]]) -> None:

@@ -53,6 +53,12 @@ class Log(ReplaceTap):
         return a
 
 
+def reached(host: PipelineHost) -> list[str]:
+    """All positions as a forward pass comes to them."""
+    text, pooled, *blocks = host.architecture.positions()
+    return [pooled, text, *blocks]
+
+
 def test_tokens_stand_as_in_the_sequence(host: PipelineHost) -> None:
     recorder = RecordTap({"text": lambda total: torch.arange(total).expand(2, -1)}, [0])
     host.sample(PROMPTS, SEEDS, recorder)
@@ -90,7 +96,7 @@ def test_a_tap_sees_every_step_and_position_and_an_identity_changes_no_bit(host:
     sigmas = [sigma for _, sigma, _ in log.steps]
     assert sigmas[0] == 1.0
     assert sigmas == sorted(sigmas, reverse=True) == host._pipeline.scheduler.sigmas[:4].tolist()
-    assert log.seen == 4 * list(host.architecture.positions())
+    assert log.seen == 4 * reached(host)
 
 
 def test_what_a_tap_changes_goes_on_and_then_is_gone(host: PipelineHost) -> None:
@@ -125,6 +131,20 @@ def test_prompts_are_embedded_once(host: PipelineHost) -> None:
     assert len(asked) == count + 1
 
 
+def test_text_states_are_what_the_prompts_positions_see(host: PipelineHost) -> None:
+    prompts = [*PROMPTS, "a bird"]
+    host.batch = 2
+    recorder = RecordTap(
+        {p: (lambda total: torch.arange(total).expand(3, -1)) for p in ("text", "pooled")}, [1]
+    )
+    host.sample(prompts, [1, 2, 3], recorder)
+    host._embedded.clear()
+    sequence, pooled = host.text_states(prompts)
+    assert sequence.dtype == pooled.dtype == torch.float32 and not host._embedded
+    assert torch.equal(sequence, recorder.activations["text"][:, 0].float())
+    assert torch.equal(pooled, recorder.activations["pooled"][:, 0, 0].float())
+
+
 def test_captured_activations_have_one_row_per_image(host: PipelineHost) -> None:
     positions = host.architecture.positions()
 
@@ -132,7 +152,7 @@ def test_captured_activations_have_one_row_per_image(host: PipelineHost) -> None
     host.sample(PROMPTS, SEEDS, recorder)
     text = {"flux": 256, "sd3": 77 + 77}[host.architecture.family]  # as ComfyUI has it
     for position, a in recorder.activations.items():
-        tokens = 16 if position.endswith("img") else text
+        tokens = 16 if position.endswith("img") else {"pooled": 1}.get(position, text)
         assert a.shape == (2, 2, tokens, host.architecture.width_of(position))
         assert a.dtype == torch.bfloat16
         assert not torch.equal(a[0], a[1]), position
@@ -186,7 +206,7 @@ def test_a_transformer_that_does_not_fit_is_streamed_and_gives_the_same(host: Pi
     place_transformer(host._pipeline, HEADROOM, "cpu")
     log = Log(host.architecture.positions())
     assert torch.equal(host.sample(PROMPTS, SEEDS, log), plain)
-    assert log.seen == 4 * list(host.architecture.positions())
+    assert log.seen == 4 * reached(host)
 
 
 def test_what_is_no_such_model_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:

@@ -21,11 +21,19 @@ from tests.tiny import write_dictionary
 ROOT = Path(__file__).parents[2]
 SCHEMA = jsonschema.Draft202012Validator(json.loads((ROOT / "docs" / "index.schema.json").read_text()))
 SHARE_OF = {"weapons": 0.25, "overall": 0.25}
+SAFE_FORM = {
+    "n": 4, "line_asr": None, "line_asr_interval": [0.0, 1.0],
+    "safe_object_kept": None, "safe_prompt_detected": 1.0, "safe_prompt_identical": 0.75,
+}  # fmt: skip
+KNOWN = SAFE_FORM | {"line_asr": 0.25, "safe_object_kept": 1.0, "safe_prompt_detected": None}
 ROW = {
     "method": "none", "n_images": 8, "line_asr": SHARE_OF, "line_asr_interval": {"weapons": [0.1, 0.5]},
-    "prompt_asr": SHARE_OF, "safe_object_kept": 1.0, "safe_prompt_detected": 1.0,
-    "safe_prompt_identical": 1.0, "fid": 0.0, "artefact_rate": 0.0, "time_ratio": 1.0,
+    "prompt_asr": SHARE_OF, "paired_recovery": {"weapons": -0.5, "overall": None},
+    "safe_object_kept": 1.0, "safe_prompt_detected": None, "safe_prompt_identical": 1.0,
+    "by_form": {"weapons/known": KNOWN, "safe/single": SAFE_FORM},
+    "fid": 0.0, "artefact_rate": 0.0, "time_ratio": 1.0,
 }  # fmt: skip
+R = ("safety", "rows", 1)
 SAFETY = {"model": "tiny", "seed": 0, "rows": [ROW, ROW | {"method": "safedig-residual"}]}
 HUB = {"repo": "some.one/tiny-weapons", "revision": "0123456789" * 4, "file": "dictionaries/tiny.safetensors"}
 ENTRY = {
@@ -34,7 +42,7 @@ ENTRY = {
     "licence": {"data": "CC0-1.0", "weights": "Apache-2.0"}, "hub": HUB, "safety": SAFETY,
 }  # fmt: skip
 ADAPTER = ENTRY | {"id": "tiny-substances", "base": "tiny-weapons"}
-INDEX = {"format": 1, "entries": [ENTRY, ADAPTER]}
+INDEX = {"format": 2, "entries": [ENTRY, ADAPTER]}
 
 
 def changed(path: tuple, value: Any) -> dict:
@@ -64,7 +72,7 @@ E = ("entries", 0)
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("format",), 2), (("format",), "1"), (("format",), ...), (("entries",), {}), (("more",), 1),
+        (("format",), 1), (("format",), "2"), (("format",), ...), (("entries",), {}), (("more",), 1),
         ((*E, "id"), "Tiny"), ((*E, "id"), "../x"), ((*E, "id"), ""), ((*E, "id"), "x" * 65),
         ((*E, "id"), ...),
         ((*E, "title"), ""), ((*E, "title"), 3), ((*E, "title"), "x" * 5000),
@@ -87,6 +95,15 @@ E = ("entries", 0)
         ((*E, "safety", "rows", 1, "line_asr"), {"weapons": 2}), 
         ((*E, "safety", "rows", 1, "time_ratio"), "1"),
         ((*E, "safety", "rows", 1, "line_asr_interval"), {"weapons": [0.1]}),
+        ((*E, *R, "line_asr_interval"), {"weapons": None}),
+        ((*E, *R, "paired_recovery"), ...), ((*E, *R, "paired_recovery"), {"weapons": -1.5}),
+        ((*E, *R, "safe_object_kept"), ...), ((*E, *R, "time_ratio"), None),
+        ((*E, *R, "by_form"), ...), ((*E, *R, "by_form"), {"weapons": KNOWN}),
+        ((*E, *R, "by_form"), {"weapons/No": KNOWN}), ((*E, *R, "by_form"), {"a/b": KNOWN | {"n": -1}}),
+        ((*E, *R, "by_form"), {"a/b": KNOWN | {"line_asr": 2}}), ((*E, *R, "by_form"), {"a/b": {"n": 1}}),
+        ((*E, *R, "by_form"), {"a/b": KNOWN | {"line_asr_interval": [1]}}),
+        ((*E, *R, "by_form"), {"a/b": KNOWN | {"more": 1}}),
+        ((*E, *R, "by_form"), {f"a/{i}": KNOWN for i in range(257)}),
         ((*E, "safety", "seed"), ...), ((*E, "token"), "hf_secret"),
         ((*E, "safety"), None), ((*E, "base"), ""), ((*E, "file"), ""),
     ],
@@ -105,12 +122,12 @@ def test_what_does_not_belong_is_refused_by_reader_and_schema(path: tuple, value
     [
         ("", "not JSON"),
         ("[]", "not an object"),
-        ('{"format": 1, "format": 1, "entries": []}', "a key twice"),
-        ('{"format": 1, "entries": NaN}', "not finite"),
+        ('{"format": 2, "format": 2, "entries": []}', "a key twice"),
+        ('{"format": 2, "entries": NaN}', "not finite"),
         (json.dumps(INDEX | {"entries": [ENTRY, ENTRY]}), "an id twice"),
         (json.dumps(changed((*E, "base"), "tiny-weapons")), "not another entry's id"),
         (json.dumps(changed((*E, "safety", "rows"), [ROW, ROW])), "safety.rows"),
-        ('{"format": 1, "entries": ' + "[" * 5000 + "]" * 5000 + "}", "recursion|nested"),
+        ('{"format": 2, "entries": ' + "[" * 5000 + "]" * 5000 + "}", "recursion|nested"),
     ],
     ids=range(8),
 )

@@ -382,14 +382,15 @@ def test_what_is_published_can_be_pulled(
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     server.token = "hf_secret"
     results = tmp_path / "results.json"
-    results.write_text(json.dumps(test_index.SAFETY))
+    results.write_text(json.dumps(test_index.SAFETY | {"format": 2}))
     entry = publish(dictionary, safety=read_safety(results))
     commits = server.commits["me/tiny"]
     assert entry.hub is not None and entry.hub.revision == commits[0][0] and len(commits) == 2
     assert set(commits[1][1]) == {"tiny.safetensors", "README.md", "safedig_index.json"}
     page = commits[1][1]["README.md"].decode()
     assert page.startswith("---\nlicense: apache-2.0\n") and str(entry.reference) in page
-    assert "25.0% (10.0% to 50.0%)" in page and "| double.1.img | repel |" in page
+    assert "25.0% (10.0% to 50.0%)" in page and "| safe/single | 4 | – | – | 75.0% | 100.0% |" in page
+    assert "| double.1.img | repel |" in page
     assert "# Weapons \\| \\<b\\>tiny\\</b\\>" in page
     assert hub.entries_of("me/tiny") == [entry]
     path = hub.locate(str(entry.reference), tmp_path / "other")
@@ -465,7 +466,7 @@ def test_ids_stand_for_what_the_index_says(server: FakeHub, tmp_path: Path) -> N
         "sha256": SHA256, "size": len(DATA),
     }  # fmt: skip
     further = tmp_path / "further.json"
-    further.write_text(index_text(parse_index(json.dumps({"format": 1, "entries": [given]}))))
+    further.write_text(index_text(parse_index(json.dumps(test_index.INDEX | {"entries": [given]}))))
     assert hub.locate("tiny-weapons", tmp_path, [further]).read_bytes() == DATA
     with pytest.raises(ValueError, match=r"'tiny-wepons' is neither a file nor in the index: .*tiny-weapons"):
         hub.locate("tiny-wepons", tmp_path, [further])
@@ -487,7 +488,7 @@ def test_the_commands(
 
     server.token = "hf_secret"
     results = tmp_path / "results.json"
-    results.write_text(json.dumps(test_index.SAFETY))
+    results.write_text(json.dumps(test_index.SAFETY | {"format": 2}))
     given = ["publish", dictionary, "--repo", "me/tiny", "--evaluation", results]
     shown = run(*given)
     assert "Nothing was uploaded" in shown and not server.requests

@@ -30,7 +30,7 @@ from safedig_core.prompts import PromptPair
 from safedig_core.recipe import Credits, Recipe
 from safedig_core.sae import quality
 from safedig_core.store.store import ActivationStore
-from tests.tiny import TINY, MeasuredHost, TinyHost, captured, random_sae
+from tests.tiny import TINY, WordHost, captured, random_sae
 
 WIDTH, FEATURES, K = 16, 40, 5
 SAELENS = {
@@ -336,17 +336,17 @@ WORDS = "cat dog cow pig hen fox owl bee".split()
 def store(tiny_flux: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     prompts = [PromptPair("weapons", f"a {word} and a book", f"a {word} and a pistol") for word in WORDS]
     prompts += [PromptPair("safe", f"a {word}") for word in WORDS]
-    return captured(TinyHost(tiny_flux), tmp_path_factory.mktemp("store"), prompts, ["text", "double.1.img"])
+    return captured(WordHost(tiny_flux), tmp_path_factory.mktemp("store"), prompts, ["text", "double.1.img"])
 
 
 def test_an_imported_sae_becomes_a_dictionary_like_one_of_ours(
     store: ActivationStore, tiny_flux: torch.nn.Module, tmp_path: Path
 ) -> None:
     """Exported and imported, SAEs are completed, or adapted later, to the same domain."""
-    tune = [PromptPair("weapons", f"a red {word}", f"a {word} and a bomb") for word in WORDS]
-    tune += [PromptPair("safe", f"a blue {word}") for word in WORDS]
-    recipe = Recipe(specificity=0.5, most_features=5)
-    chain = Chain(lambda: MeasuredHost(tiny_flux), store, tune, recipe, Credits())
+    tune = [PromptPair("weapons", f"one {word} and a book", f"one {word} and a pistol") for word in WORDS]
+    tune += [PromptPair("safe", f"two {word}") for word in WORDS]
+    recipe = Recipe(most_features=5, most_telling=5)
+    chain = Chain(lambda: WordHost(tiny_flux), store, tune, recipe, Credits())
     saes, folders = {}, {}
     for i, position in enumerate(store.positions):
         saes[position] = unit_rows(random_sae(FEATURES, TINY.width_of(position), i))
@@ -374,8 +374,8 @@ def test_an_imported_sae_becomes_a_dictionary_like_one_of_ours(
         assert {*map(str, other.card.plan)} == {*map(str, ours.card.plan)}
         for position in store.positions:
             a = store.tokens(position)
-            (_, rows), (_, others) = (d.harmful(position, ["weapons"]) for d in (ours, other))
-            assert rows.features == others.features > 0
+            acting, others = (d.card.domains["weapons"].features[position] for d in (ours, other))
+            assert len(acting) == len(others) > 0
             moved, moved_too = (blend(d, position, a) for d in (ours, other))
             assert moved.abs().max() > 0
             assert torch.allclose(moved, moved_too, atol=1e-3 * moved.abs().max().item())
@@ -385,8 +385,9 @@ def blend(dictionary: Dictionary, position: str, a: Tensor) -> Tensor:
     """What Blend's residual form adds: s dW^T z_M."""
     found = dictionary.delta(position, "weapons")
     assert found is not None
-    _, rows = dictionary.harmful(position, ["weapons"])
-    return rows.scale * (rows.encode(a) @ found[1])
+    rows, delta = found
+    sae = dictionary.sae(position).rows(rows)
+    return sae.scale * (sae.encode(a) @ delta)
 
 
 def test_an_sae_of_another_width_or_position_is_refused(store: ActivationStore, tmp_path: Path) -> None:

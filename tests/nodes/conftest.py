@@ -14,11 +14,10 @@ import pytest
 import torch
 
 from safedig_core.dictionary.dictionary import Action
-from safedig_core.positions import Architecture
 from tests.hub.hub_server import FakeHub
 from tests.nodes import real, standin
 from tests.nodes.server import Server
-from tests.tiny import TINY, write_dictionary
+from tests.tiny import TINY, TINY_SD3, write_dictionary
 
 ROOT = Path(__file__).parents[2]
 COMFYUI = Path(os.environ["COMFYUI_PATH"]) if os.environ.get("COMFYUI_PATH") else None
@@ -60,8 +59,7 @@ def server(comfyui: Path, fake_hub: FakeHub, tmp_path_factory: pytest.TempPathFa
     base = tmp_path_factory.mktemp("comfyui")
     folder = base / "models" / "safedig"
     folder.mkdir(parents=True)
-    sd3 = Architecture("sd3", (2, 0), 128, 16)
-    for name, position, architecture in (("flux", "double.1.img", TINY), ("sd3", "joint.1.img", sd3)):
+    for name, position, architecture in (("flux", "double.1.img", TINY), ("sd3", "joint.1.img", TINY_SD3)):
         plan = [Action(position, "repel", "residual", 1.0)]
         write_dictionary(folder / f"{name}.safetensors", plan, architecture=architecture)
     whole = (folder / "flux.safetensors").read_bytes()

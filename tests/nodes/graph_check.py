@@ -22,9 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safedig_core.dictionary.dictionary import Action
-from safedig_core.positions import Architecture
 from tests.nodes.server import Result, Server
-from tests.tiny import TINY, write_dictionary
+from tests.tiny import TINY, TINY_SD3, write_dictionary
 
 Ref = list  # [node, output]
 
@@ -32,7 +31,6 @@ Ref = list  # [node, output]
 STEERED, CLEAR, TOLD, RULE = "steered", "clear", "told", "rule"
 REFUSAL = re.compile(r"(Apply Blend/Repel Steering|Steering Receipt)\b.*|stopped: ", re.DOTALL)
 
-SD3 = Architecture("sd3", (2, 0), 128, 16)
 POSITIONS = {"flux": ("double.0.txt", "double.1.img", "single.0.img"), "sd3": ("joint.0.txt", "joint.1.img")}
 POCKET = "pocket-flux"
 WITNESSES = ("text", "double.1.img")  # of the dictionary that ships for it
@@ -45,7 +43,7 @@ def write_files(base: Path) -> None:
     """Dictionaries, a LoRA and a picture, where ComfyUI looks for them."""
     folder = base / "models" / "safedig"
     (base / "models" / "loras").mkdir(parents=True, exist_ok=True)
-    for family, architecture in (("flux", TINY), ("sd3", SD3)):
+    for family, architecture in (("flux", TINY), ("sd3", TINY_SD3)):
         plan = [Action(position, "repel", "residual", 1.0) for position in POSITIONS[family]]
         for name, threshold in (("hot", 0.0), ("cold", 1e9)):
             path = folder / f"{name}-{family}.safetensors"

@@ -41,10 +41,11 @@ class World:
         model = model.eval().requires_grad_(False)
         return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
 
-    def prompt(self, seed: int, tokens: int = 6, **extra: Any) -> list:
+    def prompt(self, seed: int, tokens: int = 6, wide: int = 8, **extra: Any) -> list:
+        """`wide` is the width of the pooled vector."""
         g = torch.Generator().manual_seed(seed)
         prompt = torch.randn(1, tokens, TEXT, generator=g)
-        return [prompt, {"pooled_output": torch.randn(1, 8, generator=g), **extra}]
+        return [prompt, {"pooled_output": torch.randn(1, wide, generator=g), **extra}]
 
     def control(self, model: Any, tokens: int) -> dict:
         from comfy.controlnet import ControlBase

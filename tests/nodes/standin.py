@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-HEADS = 2
+POOLED = 8  # width of the prompt's vector
 
 
 def _mix(width: int) -> nn.Linear:
@@ -72,25 +72,29 @@ class Flux(nn.Module):
     """2 double and 2 single blocks of width 32, prompts of width 16, latents of 16 channels."""
 
     patch_size, hidden_size = 2, 32
-    params = SimpleNamespace(context_in_dim=16)
+    params = SimpleNamespace(context_in_dim=16, vec_in_dim=POOLED)
 
     def __init__(self) -> None:
         super().__init__()
-        self.img_in, self.txt_in = nn.Linear(64, 32), nn.Linear(16, 32)
+        self.img_in, self.txt_in, self.vector_in = nn.Linear(64, 32), nn.Linear(16, 32), nn.Linear(POOLED, 32)
         self.double_blocks = nn.ModuleList(FluxDouble(32) for _ in range(2))
         self.single_blocks = nn.ModuleList(FluxSingle(32) for _ in range(2))
         self.final_layer = nn.Linear(32, 64)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, options: dict, control: Any, refs: list[Tensor]):
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None, options: dict, control: Any, refs: list
+    ):
         wrappers = _wrappers(options, "diffusion_model")
-        return Executor(self._forward, self, wrappers)(x, t, context, options, control, refs)
+        return Executor(self._forward, self, wrappers)(x, t, context, y, options, control, refs)
 
     def _forward(
-        self, x: Tensor, t: Tensor, context: Tensor, options: dict, control: Any, refs: list[Tensor]
+        self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None, options: dict, control: Any, refs: list
     ):
         replaced = options.get("patches_replace", {}).get("dit", {})
         img = torch.cat([self.img_in(_tokens(x)), *(self.img_in(_tokens(r)) for r in refs)], 1)
-        txt, vec = self.txt_in(context), t[:, None, None]
+        y = torch.zeros(len(x), POOLED, dtype=x.dtype) if y is None else y
+        txt = self.txt_in(context)
+        vec = (t[:, None] + self.vector_in(y[:, : self.params.vec_in_dim]))[:, None]
         for i, block in enumerate(self.double_blocks):
             if ("double_block", i) in replaced:
 
@@ -120,6 +124,15 @@ class Flux(nn.Module):
         return _latent(self.final_layer(own), x)
 
 
+class VectorEmbedder(nn.Module):
+    def __init__(self, given: int, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(given, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
 class OpenAISignatureMMDITWrapper(nn.Module):
     """2 joint blocks of width 128, prompts of width 16; no wrapper around it, as in ComfyUI."""
 
@@ -128,12 +141,16 @@ class OpenAISignatureMMDITWrapper(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.x_embedder, self.context_embedder = nn.Linear(64, 128), nn.Linear(16, 128)
+        self.y_embedder = VectorEmbedder(POOLED, 128)
         self.joint_blocks = nn.ModuleList(JointBlock(128, i == 1) for i in range(2))
         self.final_layer = nn.Linear(128, 64)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, options: dict, control: Any, refs: list[Tensor]):
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None, options: dict, control: Any, refs: list
+    ):
         replaced = options.get("patches_replace", {}).get("dit", {})
-        image, text, c = self.x_embedder(_tokens(x)), self.context_embedder(context), t[:, None, None]
+        image, text = self.x_embedder(_tokens(x)), self.context_embedder(context)
+        c = (t[:, None] + (0 if y is None else self.y_embedder(y)))[:, None]
         for i, block in enumerate(self.joint_blocks):
             if ("double_block", i) in replaced:
 
@@ -192,9 +209,9 @@ class BaseModel(nn.Module):
         run = Executor(self._apply_model, self, _wrappers(options or {}, "apply_model"))
         return run(x, t, c_concat, c_crossattn, control, options, **kw)
 
-    def _apply_model(self, x: Tensor, t: Tensor, c_concat, c_crossattn, control, options, refs=()):
+    def _apply_model(self, x: Tensor, t: Tensor, c_concat, c_crossattn, control, options, y, refs=()):
         dtype = next(self.diffusion_model.parameters()).dtype
-        parts = (v.to(dtype) for v in (x, t, c_crossattn))
+        parts = (v if v is None else v.to(x.device, dtype) for v in (x, t, c_crossattn, y))
         velocity = self.diffusion_model(*parts, options, control, list(refs))
         return x - t[:, None, None, None] * velocity.float()
 
@@ -251,7 +268,7 @@ def _give_same_area(group: list[dict], cond: dict) -> None:
     uuid and the content of what is there."""
     if group and cond["area"] not in [c.get("area") for c in group]:
         there = min(group, key=lambda c: "area" in c)
-        group.append({**cond, "prompt": there["prompt"]})
+        group.append({**cond, "prompt": there["prompt"], "pooled": there["pooled"]})
 
 
 def _is_on(cond: dict, sigma: Tensor) -> bool:
@@ -311,12 +328,13 @@ class Guider:
             options = dict(model_options["transformer_options"])
             options |= {"cond_or_uncond": [i for _, i in batch], "uuids": [c["uuid"] for c, _ in batch]}
             context = torch.cat([c["prompt"].expand(len(x), -1, -1) for c, _ in batch])
+            y = torch.cat([c["pooled"].expand(len(x), -1) for c, _ in batch])
             refs = [r.repeat(len(batch) * len(x), 1, 1, 1) for r in batch[0][0].get("refs", [])]
             height, width, top, left = batch[0][0].get("area", (*x.shape[-2:], 0, 0))
             place = (..., slice(top, top + height), slice(left, left + width))
             many, t = x[place].repeat(len(batch), 1, 1, 1), sigma.repeat(len(batch))
             control = batch[0][0].get("control")
-            out = model.apply_model(many, t, None, context, control, options, refs=refs)
+            out = model.apply_model(many, t, None, context, control, options, y=y, refs=refs)
             for part, (_, i) in zip(out.chunk(len(batch)), batch, strict=True):
                 total[i][place] += part
                 parts[i][place] += 1
@@ -359,7 +377,7 @@ def sample_custom(
     """As comfy.sample has it: latents in and out are in the latent format's scale, but zeros stay zeros."""
     form = model.get_model_object("latent_format")
     conds = {
-        name: [{"prompt": sequence, "uuid": uuid.uuid4()} for sequence, _ in group]
+        name: [{"prompt": s, "pooled": said["pooled_output"], "uuid": uuid.uuid4()} for s, said in group]
         for name, group in (("positive", positive), ("negative", negative))
     }
     if latent.any():
@@ -414,9 +432,12 @@ class World:
         transformer = Flux() if family == "flux" else OpenAISignatureMMDITWrapper()
         return ModelPatcher(BaseModel(transformer.to(dtype).requires_grad_(False)))
 
-    def prompt(self, seed: int, tokens: int = 6, **extra: Any) -> dict:
+    def prompt(self, seed: int, tokens: int = 6, wide: int = POOLED, **extra: Any) -> dict:
+        """`wide` is the width of the pooled vector."""
         g = torch.Generator().manual_seed(seed)
-        return {"prompt": torch.randn(1, tokens, 16, generator=g), "uuid": uuid.uuid4(), **extra}
+        prompt = torch.randn(1, tokens, 16, generator=g)
+        pooled = torch.randn(1, wide, generator=g)
+        return {"prompt": prompt, "pooled": pooled, "uuid": uuid.uuid4(), **extra}
 
     def control(self, model: ModelPatcher, tokens: int) -> dict:
         """What a ControlNet adds to a conditioning: a residual after each double or joint block."""

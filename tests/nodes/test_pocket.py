@@ -16,12 +16,15 @@ from tests.nodes.conftest import pack_module
 from tests.tiny import write_dictionary
 
 SEEDS = [11, 12]
-PROMPTS = ["a cat and a pistol", "a star and a book"]
-
-
+PROMPTS = ["a cat and a pistol", "A drawing of a star, right next to an open book."]
+ANY = [
+    "",
+    "Unrelated: the naïve (and 12%) growth of e-commerce!",
+    "[CLS] ##ing\n(cat:1.2)",
+    " ".join(["word"] * 99),
+]
 POSITIONS = {
-    "pocket-flux": ["text", "double.1.img", "double.0.txt", "single.2.img"],
-    "pocket-sd35": ["text", "joint.1.img", "joint.0.txt", "joint.3.img"],
+    "pocket-flux": ["text", "pooled", "double.1.img", "double.0.txt", "single.2.img"],
 }
 
 
@@ -62,6 +65,24 @@ def noise_of(seeds: list[int]) -> torch.Tensor:
     from safedig_core.pocket.model import noise_for
 
     return noise_for(seeds)
+
+
+def test_reads_what_the_core_reads(pocket: Any) -> None:
+    """Whatever a prompt is: its tokens go through CLIP Text Encode, and come out as the core's states."""
+    model, clip, _, core = pocket
+    nodes = pack_module("nodes.bridge.host")
+    host = nodes.ComfyHost(model, clip, nodes.SamplerSettings(4, 2.5, "euler", "simple", 128, 128), batch=1)
+    prompts = [*PROMPTS, *ANY]
+    with torch.inference_mode():
+        for prompt in prompts:
+            ((sequence, said),) = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+            expected = core.text_states([prompt])
+            assert torch.equal(sequence, expected[0]) and torch.equal(said["pooled_output"], expected[1])
+    for ours, theirs in zip(host.text_states(prompts), core.text_states(prompts), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    ours, theirs = host.prompt_tokens(prompts), core.prompt_tokens(prompts)
+    assert [*map(len, ours)] == [*map(len, theirs)] and len(ours[-1]) == 32
+    assert host.architecture.to_json() == core.architecture.to_json()
 
 
 def test_paints_what_the_core_paints(pocket: Any) -> None:
@@ -113,7 +134,7 @@ def test_captures_what_the_core_captures(pocket: Any) -> None:
     host, found = nodes.ComfyHost(model, clip, settings, batch=1), []
     for each in (host, core):
         every = {p: (lambda total: torch.arange(total).expand(2, -1)) for p in core.architecture.positions()}
-        tap = RecordTap(every, (0, 5, 15))
+        tap = RecordTap(every, (0, core.steps // 3, core.steps - 1))
         latents = each.sample(PROMPTS, SEEDS, tap)
         found.append({p: a.float() for p, a in tap.activations.items()} | {"latents": latents[:, None]})
     ours, theirs = found

@@ -67,11 +67,12 @@ def test_the_other_machine_fetches_it_and_gives_the_same_picture(
 
     with safe_open(WEIGHTS / "pocket-flux.safetensors", "pt") as weights:
         width, text_width = weights.get_slice("txt_in.weight").get_shape()
+        _, pooled_width = weights.get_slice("vector_in.in_layer.weight").get_shape()
         names = [name.split(".") for name in weights.keys()]
     double, single = (
         1 + max(int(n[1]) for n in names if n[0] == kind) for kind in ("double_blocks", "single_blocks")
     )
-    architecture = Architecture("flux", (double, single), width, text_width)
+    architecture = Architecture("flux", (double, single), width, text_width, pooled_width)
     made, reference = published(fake_hub, tmp_path, "pocket", architecture)
     entry = entry_for(made.path, made.card, "pocket", hub=reference.where)
     folder = server.base / "models" / "safedig"

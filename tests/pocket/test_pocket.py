@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,8 @@ from safedig_core.dictionary.dictionary import Action
 from safedig_core.evaluation import Method, row, run
 from safedig_core.pocket.judge import Judge, risks
 from safedig_core.pocket.model import MODELS, WEIGHTS, PocketModel, load_judge, load_pocket
-from safedig_core.pocket.prompt_sets import FOLDER, build_sets
-from safedig_core.pocket.scenes import CONCEPTS, DOMAIN, REWRITE, RISKY, SAFE, concepts_in
 from safedig_core.pocket.study import shipped
-from safedig_core.prompts import read_prompts
+from safedig_core.pocket.world import DOMAIN, concepts_in
 from safedig_core.steering.steering import Steering
 from tests.tiny import write_dictionary
 
@@ -28,45 +25,13 @@ def pocket(request: pytest.FixtureRequest) -> PocketModel:
     return load_pocket(request.param)
 
 
-def on(pocket: PocketModel, plan: list[Action]) -> list[Action]:
-    """A plan for pocket FLUX with its positions renamed to those of `pocket`."""
-    if pocket.name == "pocket-flux":
-        return plan
-    names = {"text": "text", "double.1.img": "joint.1.img", "single.2.img": "joint.3.img"}
-    return [replace(action, position=names[action.position]) for action in plan]
-
-
 @pytest.fixture(scope="module")
 def judge() -> Judge:
     return load_judge()
 
 
 def test_the_weights_fit_the_budget() -> None:
-    assert sum(file.stat().st_size for file in WEIGHTS.glob("*.safetensors")) <= 40e6
-    for name in MODELS:
-        assert sum(file.stat().st_size for file in WEIGHTS.glob(f"{name}*")) <= 20e6
-
-
-def test_scenes_have_what_the_testbed_promises() -> None:
-    assert len(SAFE) >= 24
-    assert [len(RISKY[d]) for d in ("weapons", "substances", "shock")] == [8, 7, 5]
-    assert set(REWRITE) == {w for words in RISKY.values() for w in words}
-    assert set(REWRITE.values()) <= set(SAFE)
-    assert len(set(CONCEPTS)) == len(CONCEPTS)
-
-
-def test_prompt_sets_share_no_scene_and_are_what_the_script_writes() -> None:
-    sets = {
-        name: read_prompts(FOLDER / f"{name}.jsonl") for name in ("train", "tune", "evaluate", "unseen-words")
-    }
-    assert sets == build_sets()
-    scenes = {
-        name: {frozenset(concepts_in(text)) for pair in pairs for text in (pair.safe, pair.unsafe) if text}
-        for name, pairs in sets.items()
-    }
-    assert not scenes["train"] & scenes["tune"]
-    assert not scenes["train"] & scenes["evaluate"]
-    assert not scenes["tune"] & scenes["evaluate"]
+    assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) <= 60e6
 
 
 def test_unsteered_images_show_what_was_asked(pocket: PocketModel, judge: Judge) -> None:
@@ -92,8 +57,7 @@ def test_unsteered_images_show_what_was_asked(pocket: PocketModel, judge: Judge)
 def test_no_ops_give_the_same_bits(
     pocket: PocketModel, tmp_path: Path, plan: list[Action], options: dict
 ) -> None:
-    plan = on(pocket, plan)
-    made_for = plan or on(pocket, [Action("double.1.img", "repel", "residual", 1.0)])
+    made_for = plan or [Action("double.1.img", "repel", "residual", 1.0)]
     dictionary = write_dictionary(tmp_path / "d.safetensors", made_for, architecture=pocket.architecture)
     prompts, seeds = ["a cat and a pistol", "a dog"], [1, 2]
     plain = pocket.sample(prompts, seeds)
@@ -104,7 +68,7 @@ def test_no_ops_give_the_same_bits(
 def test_a_strong_action_changes_the_image_and_the_receipt_says_so(
     pocket: PocketModel, tmp_path: Path
 ) -> None:
-    plan = on(pocket, [Action("double.1.img", "repel", "residual", 3.0)])
+    plan = [Action("double.1.img", "repel", "residual", 3.0)]
     dictionary = write_dictionary(
         tmp_path / "d.safetensors", plan, architecture=pocket.architecture, threshold=-1.0
     )
@@ -121,7 +85,7 @@ def test_speckle_on_the_ground_is_an_artefact_and_a_tint_is_not(pocket: PocketMo
     assert judge.artefacts(images * 0.9) == [False, False]
     speckled = images.clone()
     noise = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
-    speckled[0, :, 48:56, 16:24] += 0.05 * noise
+    speckled[0, :, 48:56, :8] += 0.05 * noise
     assert judge.artefacts(speckled) == [True, False]
 
 

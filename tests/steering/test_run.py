@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +20,15 @@ from safedig_core.dictionary.dictionary import (
     DictionaryError,
     Domain,
     Gate,
+    Window,
+    Witness,
     save_adapter,
 )
 from safedig_core.sae import SAE
 from safedig_core.steering.gate import evidence_of
 from safedig_core.steering.site import Windows
 from safedig_core.steering.steering import RiskFound, Run, Steering, status
-from tests.tiny import TINY, TinyHost, rewritten, write_dictionary
+from tests.tiny import TINY, TinyHost, rewritten, without_gates, write_dictionary
 
 EARLY, LATE = "double.0.img", "single.1.img"
 NEVER = 1e30  # a threshold that no finite evidence reaches
@@ -64,12 +68,17 @@ def dictionary(tmp_path: Path) -> Dictionary:
     return write_dictionary(tmp_path / "d.safetensors", PLAN)
 
 
+def told(features: list[int], window: Window = (1.0, 0.0), **changes: Any) -> Witness:
+    """A witness that adds up the activity of these features."""
+    return replace(Witness(features, [1.0] * len(features), 0.0, 1.0, window), **changes)
+
+
 def witness_only(dictionary: Dictionary, position: str, threshold: float, window=(1.0, 0.0)) -> Dictionary:
     """The dictionary with one witness for all its domains."""
 
     def change(card: Card) -> None:
         for domain in card.domains.values():
-            domain.gate = Gate({position: 1.0}, {position: window}, threshold, 0.0, 10)
+            domain.gate = Gate({position: told(domain.features[position], window)}, threshold, 0.0, 10)
 
     return rewritten(dictionary, f"{position}-{threshold}.safetensors", change)
 
@@ -134,7 +143,7 @@ def test_what_is_found_late_is_not_acted_on_before(dictionary: Dictionary) -> No
 
 def test_witnesses_of_adapters_are_read_too(dictionary: Dictionary) -> None:
     base = witness_only(dictionary, EARLY, 0.0)
-    found = Domain({LATE: [7]}, {LATE: [1.0]}, Gate({LATE: 1.0}, {LATE: (1.0, 0.0)}, 0.0, 0.0, 10))
+    found = Domain({LATE: [7]}, Gate({LATE: told([7])}, 0.0, 0.0, 10))
     card = Card(TINY, domains={"shock": found}, base_sha256=base.sha256)
     path = base.path.with_name("shock.safetensors")
     save_adapter(path, card, {})
@@ -144,8 +153,7 @@ def test_witnesses_of_adapters_are_read_too(dictionary: Dictionary) -> None:
     pass_through(run, loud())
     assert of(run, "shock")["looked"] == 1 and of(run, "shock")["status"] == "found, nothing moved"
 
-    found.gate = Gate({"text": 1.0}, {"text": (1.0, 0.0)}, 0.0, 0.0, 10)
-    found.features, found.weights = {"text": [0]}, {"text": [1.0]}
+    found.gate = Gate({"text": told([0])}, 0.0, 0.0, 10)
     save_adapter(path, card, {})
     with pytest.raises(DictionaryError, match="position 'text', which is not there"):
         base.with_adapters(path)
@@ -160,6 +168,171 @@ def test_a_model_is_steered_where_only_a_far_witness_tells(tiny_flux: nn.Module,
     receipt = run.receipt()
     assert receipt["calls"] == [[1] * 4, [1] * 4] and receipt["acting"] == [LATE]
     assert [image["weapons"]["status"] for image in receipt["images"]] == ["steered"] * 2
+
+
+# what evidence adds up to
+
+
+def with_gate(dictionary: Dictionary, gate: Gate, name: str = "gate") -> Dictionary:
+    def change(card: Card) -> None:
+        card.domains["weapons"].gate = gate
+
+    return rewritten(dictionary, f"{name}.safetensors", change)
+
+
+def evidence(dictionary: Dictionary, a: Tensor, plan: list[Action] = REPEL_LATE) -> float:
+    run = begun(Steering(dictionary, plan))
+    pass_through(run, a)
+    return of(run)["evidence"]
+
+
+def test_the_evidence_of_witnesses_adds_up(dictionary: Dictionary) -> None:
+    """Neither would open the gate alone; both together do, from the second one on."""
+    a = loud()
+    parts = {EARLY: told([0, 1]), LATE: told([2, 3, 4], scale=0.5)}
+    alone = {p: evidence(with_gate(dictionary, Gate({p: w}, NEVER, 0.0, 1), p), a) for p, w in parts.items()}
+    assert min(alone.values()) > 0
+    limit = (max(alone.values()) + sum(alone.values())) / 2
+    run = begun(Steering(with_gate(dictionary, Gate(parts, limit, 0.0, 1)), PLAN))
+    out = pass_through(run, a)
+    assert same_bits(out[EARLY], a) and not same_bits(out[LATE], a)
+    assert of(run)["evidence"] == pytest.approx(sum(alone.values()))
+    closed = begun(Steering(with_gate(dictionary, Gate(parts, 1.01 * sum(alone.values()), 0.0, 1)), PLAN))
+    assert all(same_bits(b, a) for b in pass_through(closed, a).values())
+
+
+def test_each_witness_counts_with_the_most_that_it_ever_said(dictionary: Dictionary) -> None:
+    """Not the largest sum of one step: one tells early in a run, the other late."""
+    windows = {EARLY: (1.0, 0.7), LATE: (0.6, 0.0)}
+    gate = Gate({p: told([0, 1, 2], w) for p, w in windows.items()}, NEVER, 0.0, 1)
+    run = begun(Steering(with_gate(dictionary, gate), REPEL_LATE), steps=4)
+    parts = [loud(seed) * size for seed, size in enumerate((0.3, 1.0, 0.8, 0.2))]
+    for index, (sigma, a) in enumerate(zip((1.0, 0.8, 0.6, 0.3), parts, strict=True)):
+        pass_through(run, a, index, sigma)
+    site = {p: run.steering.sites[p] for p in windows}
+
+    def said(position: str, steps: range) -> float:
+        return max(evidence_of(site[position], site[position].code(parts[i]), position).item() for i in steps)
+
+    assert of(run)["evidence"] == pytest.approx(said(EARLY, range(2)) + said(LATE, range(2, 4)))
+
+
+@given(
+    seeds=st.lists(st.integers(0, 1000), min_size=1, max_size=6),
+    sizes=st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0, 3.0]), min_size=6, max_size=6),
+    limit=st.floats(0.05, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_evidence_never_falls_and_an_open_gate_stays_open(
+    tmp_path_factory: pytest.TempPathFactory, seeds: list[int], sizes: list[float], limit: float
+) -> None:
+    made = write_dictionary(tmp_path_factory.mktemp("d") / "d.safetensors", PLAN)
+    witnesses = {p: told([0, 1, 2, 3], weights=[1.0, -0.5, 2.0, -1.0], offset=0.1) for p in (EARLY, LATE)}
+    steering = Steering(with_gate(made, Gate(witnesses, limit, 0.0, 1)), REPEL_LATE)
+    run, last, opened = begun(steering, images=2, steps=len(seeds)), torch.zeros(2), torch.zeros(2).bool()
+    for index, seed in enumerate(seeds):
+        a = sizes[index] * loud(seed, images=2)
+        out = pass_through(run, a, index)[LATE]
+        now = run.history[index, :, 0]
+        assert (now >= last).all()
+        is_open = now > limit
+        assert (is_open | ~opened).all()
+        for image in range(2):
+            assert is_open[image] or same_bits(out[image], a[image])
+        last, opened = now.clone(), is_open
+    found = [of(run, image=i)["found_at_step"] for i in range(2)]
+    assert [at is not None for at in found] == opened.tolist()
+
+
+def test_weights_of_either_sign_tell(dictionary: Dictionary) -> None:
+    """What speaks for harmlessness takes from what speaks for the risk."""
+    a = loud()
+    score = {
+        name: evidence(with_gate(dictionary, Gate({EARLY: witness}, NEVER, 0.0, 1), name), a)
+        for name, witness in {
+            "for": told([0, 1]),
+            "against": told([2, 3]),
+            "both": told([0, 1, 2, 3], weights=[2.0, 2.0, -1.0, -1.0]),
+            "reversed": told([0, 1, 2, 3], weights=[-2.0, -2.0, 1.0, 1.0]),
+        }.items()
+    }
+    difference = 2 * score["for"] - score["against"]
+    assert abs(difference) > 0.01
+    assert score["both"] == pytest.approx(max(difference, 0.0), abs=1e-5)
+    assert score["reversed"] == pytest.approx(max(-difference, 0.0), abs=1e-5)
+
+
+@given(st.integers(0, 1000), st.floats(-2, 4), st.floats(0.1, 10))
+@settings(max_examples=40, deadline=None)
+def test_under_its_offset_a_witness_says_nothing(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, offset: float, scale: float
+) -> None:
+    made = write_dictionary(tmp_path_factory.mktemp("d") / "d.safetensors", PLAN)
+    a = loud(seed)
+    gate = Gate({EARLY: told([0, 1, 2], offset=offset, scale=scale)}, 0.0, 0.0, 1)
+    score = made.sae(EARLY).encode(a)[..., :3].sum(-1).mean().item()
+    found = evidence(with_gate(made, gate), a)
+    assert found == pytest.approx(max(score - offset, 0.0) / scale, rel=1e-3, abs=1e-4)
+    if score < offset - 1e-3:
+        run = begun(Steering(with_gate(made, gate), REPEL_LATE))
+        assert same_bits(pass_through(run, a)[LATE], a) and of(run)["status"] == "clear"
+
+
+def test_a_witness_needs_no_acting_features_there_nor_they_a_witness(dictionary: Dictionary) -> None:
+    def change(card: Card) -> None:
+        domain = card.domains["weapons"]
+        domain.features = {EARLY: [], LATE: [0, 1]}
+        domain.gate = Gate({EARLY: told([3, 5])}, 0.0, 0.0, 1)
+
+    made = rewritten(dictionary, "apart.safetensors", change)
+    assert made.needed(EARLY, ["weapons"])[0] == [3, 5] and made.needed(LATE, ["weapons"])[0] == [0, 1]
+    run, a = begun(Steering(made, REPEL_LATE)), loud()
+    out = pass_through(run, a)
+    assert out[EARLY] is a and of(run)["status"] == "steered"
+    z = made.needed(LATE, ["weapons"])[1].encode(a)
+    assert torch.equal((out[LATE] != a).any(-1), (z > 0).any(-1))  # what tells elsewhere doesn't act here
+    with pytest.raises(DictionaryError, match=f"nothing at {EARLY} serves"):
+        Steering(made, [Action(EARLY, "repel", "residual", 1.0)])
+
+
+def test_features_that_only_tell_do_not_act(dictionary: Dictionary) -> None:
+    def change(card: Card) -> None:
+        domain = card.domains["weapons"]
+        domain.features = {LATE: [0, 1], EARLY: []}
+        domain.gate = Gate({LATE: told([2, 3, 4, 5])}, 0.0, 0.0, 1)
+
+    made, a = rewritten(dictionary, "both.safetensors", change), loud()
+    for operator in ("repel", "blend"):
+        out = pass_through(begun(Steering(made, [Action(LATE, operator, "residual", 1.0)])), a)[LATE]
+        alone = with_gate(made, Gate({LATE: told([0])}, -1.0, 0.0, 1), operator)
+        expected = pass_through(begun(Steering(alone, [Action(LATE, operator, "residual", 1.0)])), a)[LATE]
+        assert not same_bits(out, a)
+        torch.testing.assert_close(out, expected)
+
+
+def test_the_gate_of_a_domain_does_not_heed_others(dictionary: Dictionary) -> None:
+    """Its evidence is the same with and without them, and only its own actions set in."""
+    made, a = two_domains(dictionary), loud()
+
+    def limits(weapons: float, shock: float) -> Dictionary:
+        def change(card: Card) -> None:
+            for name, limit in (("weapons", weapons), ("shock", shock)):
+                gate = card.domains[name].gate
+                assert gate is not None
+                gate.threshold = limit
+
+        return rewritten(made, f"{weapons}-{shock}.safetensors", change)
+
+    plan, seen, evidence = [Action(LATE, "repel", "residual", 1.0)], {}, []
+    for opened in ((False, False), (True, False), (False, True), (True, True)):
+        run = begun(Steering(limits(*(0.0 if o else NEVER for o in opened)), plan))
+        seen[opened] = pass_through(run, a)[LATE] - a
+        found = [of(run, name) for name in ("weapons", "shock")]
+        assert [f["status"] for f in found] == ["steered" if o else "clear" for o in opened]
+        evidence.append([f["evidence"] for f in found])
+    assert all(found == evidence[0] for found in evidence) and min(evidence[0]) > 0
+    assert not seen[False, False].any()
+    torch.testing.assert_close(seen[True, True], seen[True, False] + seen[False, True])
 
 
 # what counts as found
@@ -213,7 +386,7 @@ def test_without_the_gate_it_acts_everywhere_and_finds_by_evidence(
 
 @pytest.mark.parametrize("mode", ["observe", "stop"])
 def test_nothing_can_be_observed_without_a_gate(dictionary: Dictionary, mode: str) -> None:
-    bare = dictionary.without_gates()
+    bare = without_gates(dictionary)
     with pytest.raises(DictionaryError, match=f"'weapons' has no gate that could find it: .* not to {mode}"):
         Steering(bare, modes={"weapons": mode})
     run = begun(Steering(bare))
@@ -238,9 +411,9 @@ def two_domains(dictionary: Dictionary, zero: bool = False) -> Dictionary:
 
     def change(card: Card) -> None:
         for d, domain in enumerate(card.domains.values()):
-            for position in domain.features:
-                domain.features[position] = [3 * d, 3 * d + 1, 3 * d + 2]
-                domain.weights[position] = [1.0] * 3
+            mine = [3 * d, 3 * d + 1, 3 * d + 2]
+            domain.features = dict.fromkeys(domain.features, mine)
+            domain.gate = Gate(dict.fromkeys(domain.features, told(mine)), 0.0, 0.0, 10)
 
     return rewritten(made, path.name, change, (lambda d, t: 0 * t if d == "shock" else t) if zero else None)
 
@@ -326,7 +499,7 @@ def test_status(mode: str, gated: bool, looked: int, found: bool, moved: int, ex
 @pytest.mark.parametrize("bare", [False, True], ids=["gated", "no gate"])
 def test_what_was_never_looked_at_is_not_clear(dictionary: Dictionary, bare: bool) -> None:
     made = witness_only(dictionary, EARLY, 0.0, (0.5, 0.2))
-    made = made.without_gates() if bare else made
+    made = without_gates(made) if bare else made
     steering = Steering(made, [Action(LATE, "repel", "residual", 1.0, (0.5, 0.2))])
     for steps, sigmas in ((0, ()), (2, ()), (2, (1.0, 0.1))):
         run = begun(steering, steps=steps)
@@ -385,7 +558,7 @@ def without(dictionary: Dictionary, domain: str, position: str) -> Dictionary:
 
     def change(card: Card) -> None:
         found = card.domains[domain]
-        found.features[position], found.weights[position], found.gate = [], [], None
+        found.features[position], found.gate = [], None
 
     return rewritten(dictionary, f"without-{domain}.safetensors", change)
 
@@ -411,8 +584,8 @@ def test_a_domain_that_no_action_could_act_for_is_named(dictionary: Dictionary, 
 def test_a_domain_that_is_only_observed_needs_no_action(dictionary: Dictionary) -> None:
     def change(card: Card) -> None:
         found = card.domains["shock"]
-        found.features[LATE], found.weights[LATE] = [], []
-        found.gate = Gate({EARLY: 1.0}, {EARLY: (1.0, 0.0)}, 0.0, 0.0, 10)
+        found.features[LATE] = []
+        found.gate = Gate({EARLY: told(found.features[EARLY])}, 0.0, 0.0, 10)
 
     made = rewritten(two_domains(dictionary), "observed.safetensors", change)
     run = begun(Steering(made, REPEL_LATE, modes={"shock": "observe"}))
@@ -432,20 +605,32 @@ def test_a_strength_that_is_none_is_refused(dictionary: Dictionary, strength: fl
         Steering(dictionary, strength=strength)
 
 
-@pytest.mark.parametrize("where", ["norm", "scale"])
-def test_numbers_that_overflow_together_are_refused(dictionary: Dictionary, where: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "scale"),
+    [
+        ({"scale": 1e-39}, 1.0),
+        ({"weights": [1e-46] * 6}, 1.0),  # of which nothing is left
+        ({"weights": [0.0] * 6}, 1.0),
+        ({"offset": 1e30, "scale": 1e-20}, 1.0),
+        ({}, 1e-39),
+    ],
+    ids=["witness's scale", "weights", "no weight", "offset", "SAE's scale"],
+)
+def test_numbers_that_overflow_together_are_refused(
+    dictionary: Dictionary, changes: dict, scale: float
+) -> None:
     """Each is finite and fits into its file; what steering makes of them doesn't."""
 
     def change(card: Card) -> None:
         gate = card.domains["weapons"].gate
         assert gate is not None
-        gate.norms[EARLY] = 1e-39 if where == "norm" else 1.0
+        gate.witnesses[EARLY] = replace(gate.witnesses[EARLY], **changes)
 
     def shrink(sae: SAE) -> SAE:
-        return SAE(**vars(sae) | {"scale": torch.tensor(1e-39 if where == "scale" else 1.0)})
+        return SAE(**vars(sae) | {"scale": torch.tensor(scale)})
 
     made = rewritten(dictionary, "odd.safetensors", change, of_sae=shrink)
-    with pytest.raises(DictionaryError, match=f"norms and weights at {EARLY} are too far apart"):
+    with pytest.raises(DictionaryError, match=f"weights and witness at {EARLY} are too far apart"):
         Steering(made)
 
 
@@ -465,7 +650,7 @@ def test_paper_blend_encodes_once_for_all_domains(
     monkeypatch.setattr(SAE, "encode", count)
     a = loud()
     plan = [Action(LATE, "blend", "paper", 0.2, domain=name) for name in names]
-    run = begun(Steering(made if gated else made.without_gates(), plan))
+    run = begun(Steering(made if gated else without_gates(made), plan))
     out = pass_through(run, a)[LATE]
     assert len(asked) == 1
     sae = made.sae(LATE)

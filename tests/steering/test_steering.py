@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from safedig_core.dictionary.dictionary import Action, Card, Dictionary, Gate, save_dictionary
+from safedig_core.dictionary.dictionary import Action, Card, Dictionary, Gate, Witness, save_dictionary
 from safedig_core.steering.gate import evidence_of
 from safedig_core.steering.steering import RiskFound, Run, Steering
 from tests.tiny import TINY, TinyHost, random_sae, rewritten, write_dictionary
@@ -100,7 +100,7 @@ def test_residual_form_moves_only_tokens_that_fire(tmp_path_factory, seed: int, 
     s = steering(tmp_path_factory.mktemp("d"), operator)
     a = activation(seed) * 0.6
     out = applied(s, a)
-    z = s.dictionary.harmful(POSITION, ["weapons"])[1].encode(a)
+    z = s.dictionary.needed(POSITION, ["weapons"])[1].encode(a)
     quiet = ~(z > 0).any(-1)
     assert torch.equal(out[quiet], a[quiet])
     assert not torch.equal(out, a) or bool(quiet.all())
@@ -199,8 +199,7 @@ def two_domains(tmp_path_factory: pytest.TempPathFactory) -> Dictionary:
     delta = torch.randn(6, TINY.width, generator=torch.Generator().manual_seed(3))
     adapters = {}
     for d, (name, domain) in enumerate(card.domains.items()):
-        domain.features[POSITION], domain.weights[POSITION] = list(range(3 * d, 3 * d + 3)), [1.0] * 3
-        domain.gate = None
+        domain.features, domain.gate = {POSITION: list(range(3 * d, 3 * d + 3))}, None
         adapters[POSITION, name] = (torch.arange(6), delta)  # of the other domain's rows as well
     save_dictionary(folder / "d.safetensors", card, {POSITION: random_sae(24, TINY.width)}, adapters)
     return Dictionary.open(folder / "d.safetensors")
@@ -212,7 +211,9 @@ def gated(two_domains: Dictionary) -> Dictionary:
 
     def add(card: Card) -> None:
         for domain in card.domains.values():
-            domain.gate = Gate({POSITION: 1.0}, {POSITION: (1.0, 0.0)}, 1e30, 0.0, 10)
+            mine = domain.features[POSITION]
+            witness = Witness(mine, [1.0] * len(mine), 0.0, 1.0, (1.0, 0.0))
+            domain.gate = Gate({POSITION: witness}, 1e30, 0.0, 10)
 
     return rewritten(two_domains, "gated.safetensors", add)
 

@@ -182,3 +182,14 @@ def test_prompt_tokens_pair_with_the_mean_of_their_counterpart(host: TinyHost, t
     assert torch.equal(unsafe, whole[0, 0, :4])
     assert torch.equal(safe[[0, 2, 3]], whole[1, 0, [0, 3, 4]])
     torch.testing.assert_close(safe[1], whole[1, 0, 1:3].mean(0))
+
+
+def test_pooled_vectors_pair_as_they_are(host: TinyHost, tmp_path: Path) -> None:
+    pairs = [PromptPair("weapons", "a red toy and cat", "a pistol and cat"), PromptPair("safe", "a cat")]
+    chosen = store_settings(host, pairs, positions=["pooled"], steps=2, tokens_per_image=4)
+    capture(host, ActivationWriter.open(tmp_path, chosen))
+    store = ActivationStore(tmp_path)
+    unsafe, safe = store.pairs("pooled", "weapons", steps=[0])
+    _, expected = host.text_states([pairs[0].unsafe or "", pairs[0].safe])
+    torch.testing.assert_close(torch.cat([unsafe, safe]), expected, atol=0.01, rtol=0.01)  # bfloat16
+    assert store.images("pooled", [1]).shape == (1, 1, 2, 1, 8)

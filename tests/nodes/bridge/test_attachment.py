@@ -16,9 +16,8 @@ import pytest
 import torch
 
 from safedig_core.dictionary.dictionary import Action
-from safedig_core.positions import Architecture
 from tests.nodes.conftest import pack_module
-from tests.tiny import TINY, write_dictionary
+from tests.tiny import TINY, TINY_SD3, write_dictionary
 
 patching = pack_module("nodes.bridge.steered")
 attachment_module = pack_module("nodes.bridge.attachment")
@@ -26,12 +25,9 @@ steering_module = pack_module("safedig_core.steering.steering")
 Steering, RiskFound = steering_module.Steering, steering_module.RiskFound
 NotSteered = attachment_module.NotSteered
 
-ARCHITECTURE = {"flux": TINY, "sd3": Architecture("sd3", (2, 0), 128, 16)}
+ARCHITECTURE = {"flux": TINY, "sd3": TINY_SD3}
 BLOCK = {"flux": "double.1.img", "sd3": "joint.1.img"}
-EVERYWHERE = {
-    "flux": ["text", *(f"{k}.{i}.{s}" for k in ("double", "single") for i in (0, 1) for s in ("txt", "img"))],
-    "sd3": ["text", "joint.0.txt", "joint.0.img", "joint.1.img"],
-}
+EVERYWHERE = {family: list(architecture.positions()) for family, architecture in ARCHITECTURE.items()}
 NEGATIVE, PROMPT, OTHER = 99, 1, 2
 
 
@@ -95,9 +91,11 @@ def hooked(model: Any, family: str, steering: Any, images: int):
         return hook
 
     entry = transformer.txt_in if family == "flux" else transformer.context_embedder
+    vector = transformer.vector_in if family == "flux" else transformer.y_embedder
     handles = [
         transformer.register_forward_pre_hook(step, with_kwargs=True),
         entry.register_forward_pre_hook(lambda m, args: (steer("text", args[0]), *args[1:])),
+        vector.register_forward_pre_hook(lambda m, args: steer("pooled", args[0][:, None])[:, 0]),
     ]
     blocks = transformer.double_blocks if family == "flux" else transformer.joint_blocks
     handles += [block.register_forward_hook(double(i)) for i, block in enumerate(blocks)]
@@ -126,6 +124,44 @@ def test_steers_as_hooks_on_the_modules_would(world: Any, family: str, build: An
         assert sum(map(sum, attachment.last.result["tokens_moved"][0])) > 0
         torch.testing.assert_close(out, expected, msg=position)
         assert attachment.last.result["calls"] == [[1, 1, 1, 1]]
+
+
+def test_of_a_wide_pooled_vector_flux_reads_a_part(world: Any, family: str, build: Any) -> None:
+    if family == "sd3":
+        pytest.skip("SD3.5 reads all of it")
+    model = world.model(family)
+    prompts = [world.prompt(PROMPT, wide=12)], [world.prompt(NEGATIVE, wide=12)]
+    plain = world.sample(model, *prompts)
+    steered, attachment = patching.attach(model, build(["pooled"]))
+    assert not torch.equal(world.sample(steered, *prompts), plain)
+    assert attachment.last.result["calls"] == [[1, 1, 1, 1]]
+    idle, _ = patching.attach(model, build(["pooled"], threshold=1e9))
+    assert torch.equal(world.sample(idle, *prompts), plain)
+
+
+VECTORS = {  # what another node leaves of the pooled vectors
+    "one for all rows": lambda y: y[:1],  # the model spreads it: whose it is can't be told
+    "none": lambda y: None,
+}
+
+
+@pytest.mark.parametrize("vectors", VECTORS)
+def test_pooled_vectors_that_are_not_one_a_row_are_told(
+    world: Any, family: str, build: Any, vectors: str
+) -> None:
+    def change(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        return executor(*args, **kwargs | {"y": VECTORS[vectors](kwargs["y"])})
+
+    for policy in ("block", "warn"):
+        steering = build(["pooled", BLOCK[family]])
+        model, attachment = patching.attach(world.model(family), steering, policy=policy)
+        model.add_wrapper_with_key("apply_model", "some_node", change)
+        if policy == "block":
+            with pytest.raises(NotSteered, match=r"step 1: pooled not reached.*some_node"):
+                sample(world, model, images=2)
+        else:
+            assert sample(world, model, images=2).isfinite().all()
+            assert len(attachment.last.problems) == 4
 
 
 def test_the_original_model_is_not_touched(world: Any, family: str, build: Any) -> None:

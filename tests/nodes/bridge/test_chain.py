@@ -30,7 +30,9 @@ Action = pack_module("safedig_core.dictionary.dictionary").Action
 
 POSITIONS = ["double.1.img", "text"]
 OPERATORS = ("blend", "repel")
-RECIPE = Recipe(train=TrainSettings(features=32, k=4, steps=50, batch=64, warmup=5), specificity=0.1)
+RECIPE = Recipe(
+    train=TrainSettings(features=32, k=4, steps=50, batch=64, warmup=5), most_features=8, most_telling=8
+)
 CREDITS = Credits("a title", "me")
 
 
@@ -40,6 +42,16 @@ def pairs(start: int, count: int) -> list[Any]:
         found += [PromptPair(d, f"a thing {i}", f"a {d} {i}") for d in ("weapons", "shock")]
         found.append(PromptPair("safe", f"a cat {i}"))
     return found
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few texts; and models of random weights, of which no action makes a better one, keep all actions."""
+    core, tuning = pack_module("safedig_core.chain"), pack_module("safedig_core.tuning")
+    monkeypatch.setattr(core, "tune", lambda host, made, plan, *_: tuning.Tuned(list(plan), 0.5, []))
+    monkeypatch.setattr(
+        chain, "read_prompts", lambda path: [PromptPair("safe", f"a tree {i}") for i in range(6)]
+    )
 
 
 class Interrupted(Exception):
@@ -228,6 +240,61 @@ def test_training_that_can_not_fit_is_refused(capture: Any, monkeypatch: pytest.
                 ValueError, match=rf"can't fit. {what}: .* Choose fewer positions or features"
             ):
                 train(captured, Progress(anything))
+
+
+# routing
+
+
+def routes(captured: Any, calibration: list[Any], progress: Any = None, **given: Any) -> list[Any]:
+    with torch.inference_mode():
+        conditionings = given.get("given")
+        return chain.routes_of(
+            captured, "weapons", "shock", calibration, conditionings, 2, progress or Progress()
+        )
+
+
+def test_positions_are_routed_with_the_captured_model(capture: Any) -> None:
+    captured, _ = capture()
+    progress = Progress()
+    found = routes(captured, pairs(50, 3), progress)
+    assert {(r.position, r.operator) for r in found} == {(p, o) for p in POSITIONS for o in OPERATORS}
+    assert found == routes(captured, pairs(50, 3))
+    assert [done for what, done, _ in progress.seen if what.startswith("routing")] == [0, 1]
+    assert captured.host.unknown(chain.texts_of(pairs(50, 3)))  # encoded prompts are let go of
+    with pytest.raises(ValueError, match="at least 2 captured pairs of 'weapons' and 2 others"):
+        routes(captured, pairs(50, 1))
+
+
+def test_routing_takes_conditionings_where_there_is_no_clip(capture: Any) -> None:
+    texts = chain.texts_of(pairs(0, 6))
+    given = [Clip().encode_from_tokens_scheduled(text) for text in texts]
+    negative = Clip().encode_from_tokens_scheduled("a blur")
+    captured, _ = capture("given", given=given, negative=negative)
+    with pytest.raises(ValueError, match="connect a CLIP, or conditionings"):
+        routes(captured, pairs(50, 3))
+    encoded = [Clip().encode_from_tokens_scheduled(text) for text in chain.texts_of(pairs(50, 3))]
+    assert len(routes(captured, pairs(50, 3), given=encoded)) == len(POSITIONS) * len(OPERATORS)
+    assert captured.usual == []  # nothing could read them
+
+
+def test_a_model_reads_the_prompts_that_ship_for_its_kind(
+    capture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of full size the safe ones; of a pocket model its own, of the captured domains."""
+    captured, _ = capture()
+    asked: list[str] = []
+
+    def read(path: Path) -> list[Any]:
+        asked.append(path.name)
+        domains = ("weapons", "fraud", "safe")
+        return [PromptPair(d, f"a {path.stem}", None if d == "safe" else f"an {d}") for d in domains]
+
+    monkeypatch.setattr(chain, "read_prompts", read)
+    assert {pair.domain for pair in captured.usual} == {"weapons", "safe"} and asked == ["safe.jsonl"]
+    asked.clear()
+    monkeypatch.setattr(chain, "POCKET_WIDTH", captured.store.architecture.text_width)
+    assert len(captured.usual) == 4 and asked == ["usual.jsonl", "vocabulary.jsonl"]
+    assert (chain.CORE / "prompt_pairs" / "safe.jsonl").is_file()
 
 
 @pytest.fixture

@@ -72,6 +72,25 @@ def test_the_tap_is_given_the_positive_rows_in_order(world: Any, family: str) ->
     assert host.tokens()[BLOCK[family]] == 16 and host.tokens()["text"] == 6
 
 
+def test_text_states_are_what_the_prompts_positions_see(world: Any, family: str) -> None:
+    clip = Clip()
+    host, tap = make(world, family, clip), recorder(["text", "pooled"], 3)
+    sequence, pooled = host.text_states(PROMPTS)
+    assert sequence.dtype == pooled.dtype == torch.float32 and host.unknown(PROMPTS) == PROMPTS
+    host.sample(PROMPTS, [1, 2, 3], tap)
+    assert torch.equal(tap.activations["text"][:, 3], sequence.bfloat16())
+    assert torch.equal(tap.activations["pooled"][:, 3], pooled[:, None].bfloat16())
+    assert host.tokens()["pooled"] == 1
+    done = len(clip.encoded)
+    assert torch.equal(host.text_states(PROMPTS)[0], sequence) and len(clip.encoded) == done
+
+
+def test_text_states_may_be_of_prompts_of_any_length(world: Any, family: str) -> None:
+    sequence, pooled = make(world, family).text_states(["a cat", "a cat on a mat in the hat of a dog"])
+    assert sequence.shape == (2, 11, 16) and pooled.shape == (2, 8)
+    assert not sequence[0, 6:].any() and sequence[1].all()
+
+
 def test_an_image_depends_on_its_prompt_and_seed_alone(world: Any, family: str) -> None:
     host = make(world, family)
     together = host.sample(PROMPTS, [5, 6, 5])

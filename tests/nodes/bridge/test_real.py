@@ -116,4 +116,4 @@ def test_stock_loaders_find_the_family(world: real.World, tmp_path: Path) -> Non
     state = world.model("sd3").model.diffusion_model.state_dict()
     model = comfy.sd.load_diffusion_model_state_dict({k: v.clone() for k, v in state.items()})
     found = pack_module("nodes.bridge.models").architecture_of(model)
-    assert found.describe() == "sd3 model (2 joint blocks, width 128, text width 16)"
+    assert found.describe() == "sd3 model (2 joint blocks, width 128, text width 16, pooled width 8)"
