@@ -355,7 +355,7 @@ class Chain:
     def _require_model(self) -> None:
         theirs, ours = self.store.architecture, self.model.architecture
         need(
-            theirs == ours,
+            theirs.fits(ours),
             f"{self.store.folder} was captured from a {theirs.describe()}, and this model is a "
             f"{ours.describe()}: take the one that it was captured from",
         )

@@ -43,6 +43,7 @@ KIND_SHARES = {"names": 0.6, "aliases": 0.28, "implicit": 0.12}  # `unseen` neve
 CAPTIONS = 24_000  # that scenes are drawn from; each is read by the text encoder once
 CHECKPOINT_EVERY = 200
 JUDGE_STEPS = 2500
+ARTEFACT_SCENES = 192  # that the artefact limit comes from
 JUDGE_BATCH = 64
 JUDGE_RATE = 3e-3
 EMOJI_VERSION = "16.0.0"
@@ -312,7 +313,7 @@ def export_judge(out: Path) -> None:
 
     save(load_file(out / "judge.safetensors"))
     judge, host = load_judge(), load_pocket("pocket-flux")
-    prompts = [pair.unsafe or pair.safe for pair in shipped("train")]
+    prompts = [pair.unsafe or pair.safe for pair in shipped("train")[:ARTEFACT_SCENES]]
     latents = [
         host.sample(prompts[i : i + 32], range(i, i + len(prompts[i : i + 32])))
         for i in range(0, len(prompts), 32)
