@@ -233,9 +233,9 @@ def one_thread() -> Iterator[None]:
 def test_torchrun_captures_and_trains_like_one_process(tmp_path: Path) -> None:
     """Both commands; in each, one of two processes is killed before the run is finished by two."""
     for name in ("train", "tune"):
-        pairs = [p for d in ("weapons", "safe") for p in shipped(name, [d])[::7][:12]]
+        pairs = [p for d in ("weapons", "safe") for p in shipped(name, [d])[::7][:8]]
         write_prompts(tmp_path / f"{name}.jsonl", pairs)
-    capture = ["capture", "--prompts", str(tmp_path / "train.jsonl"), "--positions", "pooled"]
+    capture = ["capture", "--prompts", str(tmp_path / "train.jsonl"), "--positions", "text,double.1.img"]
     capture += ["--pairs-per-shard", "1", "--store"]
     assert cli.main([*capture, str(tmp_path / "alone")]) == 0
     kill_one_when([*capture, str(tmp_path / "store")], tmp_path / "store" / "shard-*.json")
@@ -244,7 +244,7 @@ def test_torchrun_captures_and_trains_like_one_process(tmp_path: Path) -> None:
     assert digests(tmp_path / "store") == digests(tmp_path / "alone")
 
     train = ["train", "--store", str(tmp_path / "store"), "--tune", str(tmp_path / "tune.jsonl")]
-    train += ["--source", "weapons", "--positions", "pooled", "--features", "96", "--k", "8", "--batch", "64"]
+    train += ["--source", "weapons", "--positions", "text,double.1.img", "--features", "96", "--k", "8", "--batch", "64"]
     train += ["--steps", "300"]
 
     def into(name: str) -> list[str]:
@@ -259,9 +259,9 @@ def test_torchrun_captures_and_trains_like_one_process(tmp_path: Path) -> None:
     assert run.returncode == 0, errors
     assert out.count("domain weapons") == 1  # one of the two prints
     one, two = (
-        json.loads((tmp_path / f"{name}.json").read_text())["curves"]["pooled"] for name in ("one", "two")
+        json.loads((tmp_path / f"{name}.json").read_text())["curves"]["double.1.img"] for name in ("one", "two")
     )
     for mine, whole in zip(two, one, strict=True):
         assert mine == pytest.approx(whole, abs=1e-3)
-    one, two = (Dictionary.open(tmp_path / f"{name}.safetensors").sae("pooled") for name in ("one", "two"))
+    one, two = (Dictionary.open(tmp_path / f"{name}.safetensors").sae("double.1.img") for name in ("one", "two"))
     assert torch.allclose(one.decoder_weight, two.decoder_weight, atol=1e-2)
