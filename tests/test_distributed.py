@@ -27,6 +27,8 @@ from tests.cli.test_parser import digests
 from tests.test_training import sparse_data
 from tests.tiny import fork_each
 
+AT = "double.1.img"
+
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs fork and /proc")
 
 SETTINGS = TrainSettings(features=300, k=2, l1=0.8, steps=58, batch=200, warmup=10, dead_after=2)
@@ -244,8 +246,8 @@ def test_torchrun_captures_and_trains_like_one_process(tmp_path: Path) -> None:
     assert digests(tmp_path / "store") == digests(tmp_path / "alone")
 
     train = ["train", "--store", str(tmp_path / "store"), "--tune", str(tmp_path / "tune.jsonl")]
-    train += ["--source", "weapons", "--positions", "text,double.1.img", "--features", "96", "--k", "8", "--batch", "64"]
-    train += ["--steps", "300"]
+    train += ["--source", "weapons", "--positions", "text,double.1.img", "--features", "96", "--k", "8"]
+    train += ["--batch", "64", "--steps", "300"]
 
     def into(name: str) -> list[str]:
         out = tmp_path / name
@@ -258,10 +260,8 @@ def test_torchrun_captures_and_trains_like_one_process(tmp_path: Path) -> None:
     out, errors = run.communicate(timeout=300)
     assert run.returncode == 0, errors
     assert out.count("domain weapons") == 1  # one of the two prints
-    one, two = (
-        json.loads((tmp_path / f"{name}.json").read_text())["curves"]["double.1.img"] for name in ("one", "two")
-    )
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text())["curves"][AT] for name in ("one", "two"))
     for mine, whole in zip(two, one, strict=True):
         assert mine == pytest.approx(whole, abs=1e-3)
-    one, two = (Dictionary.open(tmp_path / f"{name}.safetensors").sae("double.1.img") for name in ("one", "two"))
+    one, two = (Dictionary.open(tmp_path / f"{name}.safetensors").sae(AT) for name in ("one", "two"))
     assert torch.allclose(one.decoder_weight, two.decoder_weight, atol=1e-2)
