@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -15,10 +14,9 @@ from ..hosts.host import Tap
 from .autoencoder import PATCH, TOKEN_WIDTH, Autoencoder, pack, unpack
 from .judge import Judge
 from .scenes import IMAGE_SIZE
-from .text import MAX_TOKENS, WIDTH, TextEncoder
+from .text import MAX_TOKENS, WEIGHTS, WIDTH, TextEncoder
 from .weights import to_diffusers
 
-WEIGHTS = Path(__file__).parent / "weights"
 TOKENS_A_SIDE = IMAGE_SIZE // PATCH
 MODELS = ("pocket-flux",)  # whose weights ship; train.py makes the other as well
 SHIFT = {"pocket-flux": 1.0, "pocket-sd35": 3.0}  # of the noise levels, as FLUX.1-schnell and SD3.5 have it

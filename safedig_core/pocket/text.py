@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+WEIGHTS = Path(__file__).parent / "weights"  # of the pocket models too
 WIDTH = 384
 MAX_TOKENS = 32  # longer prompts are cut
 GROUP = 128  # numbers that share a scale
@@ -117,8 +118,6 @@ class TextEncoder:
 
 
 def main() -> None:
-    from .model import WEIGHTS
-
     folder = Path(sys.argv[1])
     state = load_file(folder / "model.safetensors")
     kept = {k: v for k, v in state.items() if not k.startswith("pooler.") and v.is_floating_point()}
