@@ -25,9 +25,9 @@ from safedig_core.store.store import ActivationStore, ActivationWriter
 from safedig_core.training import TrainSettings, train_sae
 
 REAL = {
-    "flux1-dev": Architecture("flux", (19, 38), 3072, 4096),
-    "sd3.5-medium": Architecture("sd3", (24, 0), 1536, 4096),
-    "sd3.5-large": Architecture("sd3", (38, 0), 2432, 4096),
+    "flux1-dev": Architecture("flux", (19, 38), 3072, 4096, 768),
+    "sd3.5-medium": Architecture("sd3", (24, 0), 1536, 4096, 2048),
+    "sd3.5-large": Architecture("sd3", (38, 0), 2432, 4096, 2048),
 }
 GRID, WORDS = 6, 20  # reduced: 36 image tokens of 4096, 20 text tokens of 512 or 333
 
