@@ -23,7 +23,8 @@ AT_ONCE = 256  # prompts
 
 @dataclass
 class Reading:
-    """What prompts are at one position, without padding: bfloat16 [T, d] each."""
+    """What prompts are at one position: bfloat16 [T, d] each, up to the last token that is no padding. What
+    lies before it stays, as between SD3.5's encoders, so that tokens keep their places."""
 
     domains: list[str] = field(default_factory=list)
     unsafe: list[Tensor | None] = field(default_factory=list)  # None for purely safe prompts
@@ -52,7 +53,8 @@ def read(
         some = texts[start : start + AT_ONCE]
         sequence, pooled = host.text_states(some)
         for states, vector, tokens in zip(sequence, pooled, host.prompt_tokens(some), strict=True):
-            at["text"].append(states[[i for i, token in enumerate(tokens) if token]].bfloat16())
+            length = max((i + 1 for i, token in enumerate(tokens) if token), default=0)
+            at["text"].append(states[:length].bfloat16())
             at["pooled"].append(vector[None].bfloat16())
         if progress is not None:
             progress(start + len(some), len(texts))

@@ -246,7 +246,7 @@ def test_the_command_line_makes_a_dictionary_and_an_adapter(
         tmp_path / "tune.jsonl",
         [PromptPair(p.domain, f"{p.safe}!", p.unsafe and f"{p.unsafe}!") for p in pairs],
     )
-    both = {"flux": "text,single.0.img", "sd3": "text,joint.1.img"}[
+    both = {"flux": "text,single.0.img", "sd3": "joint.1.img,pooled"}[
         "flux" if "flux" in folder.name else "sd3"
     ]
     model = ["--model", f"diffusers:{folder}", "--size", str(SIDE)]
@@ -262,6 +262,7 @@ def test_the_command_line_makes_a_dictionary_and_an_adapter(
     assert cli.main(other) == 1
     assert "captured with other settings" in capsys.readouterr().err
     common = [*model, *store, "--tune", str(tmp_path / "tune.jsonl"), "--source", "violence"]
+    common += ["--texts", str(tmp_path / "train.jsonl")]
     small = [
         "--features",
         "32",
