@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```\n(.*?)```", TEXT, re.DOTALL)
 MODELS = {
-    "FLUX.1-dev": Architecture("flux", (19, 38), 3072, 4096),
-    "stable-diffusion-3.5-large": Architecture("sd3", (38, 0), 2432, 4096),
+    "FLUX.1-dev": Architecture("flux", (19, 38), 3072, 4096, 768),
+    "stable-diffusion-3.5-large": Architecture("sd3", (38, 0), 2432, 4096, 2048),
 }
 WORKFLOWS = {"FLUX.1-dev": "flux1_dev", "stable-diffusion-3.5-large": "sd35_large"}
 
