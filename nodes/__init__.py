@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from .adapt_decoder import AdaptDecoder
 from .apply_steering import ApplySteering
+from .calibrate_gate import CalibrateGate
 from .capture_activations import CaptureActivations
 from .load_dictionary import LoadDictionary
 from .load_pocket import LoadPocketModel
@@ -15,11 +16,12 @@ from .save_dictionary import SaveDictionary
 from .select_positions import SelectPositions
 from .steering_receipt import SteeringReceipt
 from .train_dictionary import TrainDictionary
+from .tune_strengths import TuneStrengths
 
 NODES: list[type[io.ComfyNode]] = [
+    ApplySteering,  # first, so that it is what is suggested for a dictionary's link
     LoadDictionary,
     SelectPositions,
-    ApplySteering,
     SteeringReceipt,
     LoadPocketModel,
     LoadPromptPairs,
@@ -27,5 +29,7 @@ NODES: list[type[io.ComfyNode]] = [
     RoutePositions,
     TrainDictionary,
     AdaptDecoder,
+    TuneStrengths,
+    CalibrateGate,
     SaveDictionary,
 ]

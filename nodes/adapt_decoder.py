@@ -42,6 +42,7 @@ class AdaptDecoder(io.ComfyNode):
                 sockets.Dictionary.Output(display_name="dictionary", tooltip="With the new domain."),
                 io.String.Output(display_name="report"),
             ],
+            **sockets.found_by("SAE, adapter, add a risk domain, transfer, fine-tune dictionary"),
         )
 
     @classmethod

@@ -16,10 +16,11 @@ class ApplySteering(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SafeDIGApplySteering",
-            display_name="Apply Blend/Repel Steering",
+            display_name="Apply Blend/Repel Steering (NSFW safety filter)",
             category=sockets.CATEGORY,
-            description="Steers a FLUX or SD3.5 model away from the risks that the dictionary knows. "
-            "Put it between the model loader and the sampler. Harmless pictures stay as they are.",
+            description="A content filter inside the model: steers FLUX or SD3.5 away from unsafe (NSFW, "
+            "violent, ...) content that its SAE dictionary knows, while it paints. Put it between the model "
+            "loader and the sampler. Harmless pictures stay as they are.",
             inputs=[
                 io.Model.Input("model"),
                 sockets.Dictionary.Input("dictionary"),
@@ -47,6 +48,7 @@ class ApplySteering(io.ComfyNode):
                     "action_per_domain",
                     default="",
                     tooltip="Exceptions from 'action', such as: weapons=stop, shock=observe",
+                    extra_dict=sockets.ADVANCED,
                 ),
                 io.Combo.Input(
                     "policy",
@@ -61,6 +63,7 @@ class ApplySteering(io.ComfyNode):
                     options=["positive", "negative", "both"],
                     default="positive",
                     tooltip="Which prompt's half of the guidance is steered.",
+                    extra_dict=sockets.ADVANCED,
                 ),
                 io.Boolean.Input(
                     "gate",
@@ -72,6 +75,7 @@ class ApplySteering(io.ComfyNode):
                     "preserve_norm",
                     default=False,
                     tooltip="Keep the length of each activation that is moved.",
+                    extra_dict=sockets.ADVANCED,
                 ),
             ],
             outputs=[
@@ -79,6 +83,11 @@ class ApplySteering(io.ComfyNode):
                 sockets.Receipt.Output(display_name="receipt", tooltip="For Steering Receipt."),
             ],
             hidden=[io.Hidden.unique_id],
+            **sockets.found_by(
+                "safety, NSFW, NSFW filter, content filter, content moderation, safety checker, "
+                "censor, guardrail, concept erasure, unlearning, SAE, sparse autoencoder, "
+                "activation steering, SafeDIG"
+            ),
         )
 
     @classmethod
@@ -114,7 +123,8 @@ class ApplySteering(io.ComfyNode):
         name = f"Apply Blend/Repel Steering (node {cls.hidden.unique_id})"
         now = executing()
         key = f"{signature(now.prompt, now.node)} {now.item}"
-        steered, receipt = attach(model, steering, branch=branch, policy=policy, name=name, key=key)
+        given = {"branch": branch, "policy": policy, "name": name, "key": key, "node": now.node}
+        steered, receipt = attach(model, steering, **given)
         return io.NodeOutput(steered, receipt)
 
 

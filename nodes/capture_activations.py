@@ -17,8 +17,9 @@ class CaptureActivations(io.ComfyNode):
             node_id="SafeDIGCaptureActivations",
             display_name="Capture Activations",
             category=sockets.MAKING,
-            description="Samples both prompts of every pair from the same noise and stores the activations. "
-            "Stop it at any time: queued again, it goes on where it was.",
+            description="Samples both prompts of every pair from the same noise and stores the activations, "
+            "for sparse autoencoders (SAE) to be trained on. Stop it at any time: queued again, it goes on "
+            "where it was.",
             is_input_list=True,
             inputs=[
                 io.Model.Input("model"),
@@ -39,6 +40,7 @@ class CaptureActivations(io.ComfyNode):
                     min=1,
                     max=100,
                     tooltip="At how many of the sampling steps, evenly spread.",
+                    extra_dict=sockets.ADVANCED,
                 ),
                 io.Int.Input(
                     "tokens_per_image",
@@ -46,6 +48,7 @@ class CaptureActivations(io.ComfyNode):
                     min=0,
                     max=1_000_000,
                     tooltip="How many tokens of each image to keep, drawn at random; of texts, all. 0: all.",
+                    extra_dict=sockets.ADVANCED,
                 ),
                 io.Int.Input(
                     "pairs_per_shard",
@@ -54,9 +57,15 @@ class CaptureActivations(io.ComfyNode):
                     max=64,
                     tooltip="How many pairs are sampled at a time, and stored together. What an interruption "
                     "can lose at most.",
+                    extra_dict=sockets.ADVANCED,
                 ),
                 io.Int.Input(
-                    "first_seed", default=0, min=0, max=2**53, tooltip="The noise of the first pair."
+                    "first_seed",
+                    default=0,
+                    min=0,
+                    max=2**53,
+                    tooltip="The noise of the first pair.",
+                    extra_dict=sockets.ADVANCED,
                 ),
                 io.Int.Input("steps", default=20, min=1, max=100),
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1),
@@ -81,6 +90,9 @@ class CaptureActivations(io.ComfyNode):
                 sockets.Activations.Output(display_name="activations"),
                 io.String.Output(display_name="report"),
             ],
+            **sockets.found_by(
+                "SAE, sparse autoencoder, record activations, residual stream, hidden states, hooks"
+            ),
         )
 
     @classmethod
@@ -131,7 +143,7 @@ class CaptureActivations(io.ComfyNode):
         )
         captured, estimate = capture_into(run_folder(given["name"]), host, settings, Progress())
         store = captured.store
-        taken = sum(file.stat().st_size for file in store.folder.iterdir())
+        taken = sum(file.stat().st_size for file in store.folder.glob("shard-*"))
         report = (
             f"{len(store.prompts)} lines at {len(store.positions)} positions, {size(taken)}\n{store.folder}"
         )

@@ -13,10 +13,11 @@ class LoadDictionary(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SafeDIGLoadDictionary",
-            display_name="Load SafeDIG Dictionary",
+            display_name="Load SafeDIG Dictionary (SAE)",
             category=sockets.CATEGORY,
-            description="Opens a SafeDIG dictionary: what the steering knows about risky content. "
-            "Connect another dictionary to 'base' to load an adapter, which adds a risk domain to it.",
+            description="Opens a SafeDIG dictionary: sparse autoencoders (SAE) that know unsafe (NSFW, "
+            "violent, ...) content in one kind of model. Connect another dictionary to 'base' to load an "
+            "adapter, which adds a risk domain to it.",
             inputs=[
                 io.Combo.Input(
                     "dictionary",
@@ -38,6 +39,10 @@ class LoadDictionary(io.ComfyNode):
                 ),
             ],
             outputs=[sockets.Dictionary.Output(display_name="dictionary")],
+            **sockets.found_by(
+                "safety, NSFW, content filter, SAE, sparse autoencoder, load SAE, safety model, "
+                "steering dictionary"
+            ),
         )
 
     @classmethod

@@ -22,9 +22,10 @@ class LoadPocketModel(io.ComfyNode):
             node_id="SafeDIGLoadPocketModel",
             display_name="Load Pocket Model",
             category=sockets.CATEGORY,
-            description="A tiny FLUX that paints emoji scenes, to try steering on any computer. "
+            description="A tiny FLUX that paints emoji scenes, to try safety steering on any computer, "
+            "with nothing to download. "
             "Prompts are English sentences about a few objects, such as 'a cat next to a pistol'. An empty "
-            "latent of 128 x 128 gives its pictures of 64 x 64; 10 steps, cfg 2.5, sampler euler, scheduler "
+            "latent of 128 x 128 gives its pictures of 64 x 64; 10 steps, cfg 4, sampler euler, scheduler "
             "simple.",
             inputs=[io.Combo.Input("name", options=list(MODELS), default=MODELS[0])],
             outputs=[
@@ -32,6 +33,7 @@ class LoadPocketModel(io.ComfyNode):
                 io.Clip.Output(display_name="clip", tooltip="For CLIP Text Encode."),
                 io.Vae.Output(display_name="vae", tooltip="For VAE Decode and VAE Encode."),
             ],
+            **sockets.found_by("tiny FLUX, test model, demo model, emoji, safety demo"),
         )
 
     @classmethod

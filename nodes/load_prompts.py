@@ -90,6 +90,9 @@ class LoadPromptPairs(io.ComfyNode):
                     "Activations. Not needed where that has a CLIP.",
                 ),
             ],
+            **sockets.found_by(
+                "unsafe prompts, NSFW prompts, prompt dataset, JSONL, CSV, I2P, SAE training data"
+            ),
         )
 
     @classmethod

@@ -43,6 +43,7 @@ class RoutePositions(io.ComfyNode):
                     "by_hand",
                     default="",
                     tooltip="Names of captured positions to take in place of the best ones.",
+                    extra_dict=sockets.ADVANCED,
                 ),
                 sockets.Prompts.Input(
                     "calibration",
@@ -63,6 +64,7 @@ class RoutePositions(io.ComfyNode):
                 io.Image.Output(display_name="heatmap"),
             ],
             is_output_node=True,
+            **sockets.found_by("SAE, rank layers, choose layers, causal tracing, activation patching"),
         )
 
     @classmethod

@@ -28,6 +28,7 @@ class SaveDictionary(io.ComfyNode):
             ],
             outputs=[sockets.Dictionary.Output(display_name="dictionary", tooltip="The saved one.")],
             is_output_node=True,
+            **sockets.found_by("save SAE, export dictionary, safetensors"),
         )
 
     @classmethod

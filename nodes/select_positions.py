@@ -28,8 +28,8 @@ class SelectPositions(io.ComfyNode):
             node_id="SafeDIGSelectPositions",
             display_name="Select Positions",
             category=sockets.CATEGORY,
-            description="Chooses where the steering acts. Without this node, or with 'routed' and "
-            "'as planned', it is the plan that the dictionary was measured with.",
+            description="Chooses in which blocks of the model the safety steering acts. Without this node, "
+            "or with 'routed' and 'as planned', it is the plan that the dictionary was measured with.",
             inputs=[
                 sockets.Dictionary.Input("dictionary"),
                 io.Combo.Input(
@@ -58,6 +58,7 @@ class SelectPositions(io.ComfyNode):
                     default="residual",
                     tooltip="Not used with 'as planned'. residual: touches tokens only where a risky feature "
                     "fires. paper: the operators as published, for comparison.",
+                    extra_dict=sockets.ADVANCED,
                 ),
                 io.Float.Input(
                     "strength",
@@ -85,6 +86,7 @@ class SelectPositions(io.ComfyNode):
                 ),
             ],
             outputs=[sockets.Positions.Output(display_name="positions")],
+            **sockets.found_by("safety, layers, blocks, SAE layers, block map, steering plan"),
         )
 
     @classmethod

@@ -23,6 +23,7 @@ FORMAT = 2
 _TOLD = ("status", "evidence", "threshold", "looked", "found_at_step")  # of a domain, per picture
 # of several statuses of one domain, the one to tell: the first of these
 _FIRST = (
+    "undone by other domains",
     "steered",
     "found, nothing moved",
     "observed",
@@ -38,10 +39,11 @@ class SteeringReceipt(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id=RECEIPT,
-            display_name="Steering Receipt",
+            display_name="Steering Receipt (safety report)",
             category=sockets.CATEGORY,
-            description="Shows what steering found and changed. Put it between VAE Decode and Save Image: "
-            "the picture passes through, and saved pictures carry the receipt in their metadata.",
+            description="A safety report for each picture: which unsafe (NSFW, violent, ...) content was "
+            "found, at which step, and what was done. Put it between VAE Decode and Save Image: the picture "
+            "passes through, and saved pictures carry the receipt in their metadata.",
             inputs=[
                 io.Image.Input("images", tooltip="The decoded pictures."),
                 sockets.Receipt.Input("receipt", tooltip="From Apply Blend/Repel Steering."),
@@ -54,10 +56,14 @@ class SteeringReceipt(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
+            **sockets.found_by(
+                "safety, NSFW detector, content filter, safety report, content moderation, verdict, audit log"
+            ),
         )
 
     @classmethod
     def execute(cls, images, receipt) -> io.NodeOutput:
+        from .bridge.enforcement import signed
         from .bridge.ledger import LEDGER, executing
         from .bridge.pictures import evidence_plot, heatmap
 
@@ -69,12 +75,16 @@ class SteeringReceipt(io.ComfyNode):
         if cls.hidden.extra_pnginfo is not None:  # what Save Image writes into the file
             mine = cls.hidden.extra_pnginfo.setdefault("safedig", {})
             earlier = mine.get(now.node, []) if now.item else []  # of a list, one after the other
-            mine[now.node] = [*earlier, for_file(report)]
+            mine[now.node] = [*earlier, signed(for_file(report))]
             LEDGER.say(now.prompt, now.node, mine[now.node])
         plot = evidence_plot(report["runs"])
         heat = heatmap(images, found.runs[0] if found.in_order and len(found.runs) == 1 else None)
-        shown = ui.PreviewImage(heat, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
-        return io.NodeOutput(images, heat, plot, encoded, ui=shown | {"safedig_receipt": [encoded]})
+        view = view_of(report) | {"heat": ui.PreviewImage(heat, cls=cls).as_dict()["images"]}
+        shown = ui.PreviewText(text).as_dict() | {
+            "safedig_receipt": [encoded],
+            "safedig_view": [json.dumps(view)],
+        }
+        return io.NodeOutput(images, heat, plot, encoded, ui=shown)
 
 
 @dataclass(frozen=True)
@@ -173,7 +183,10 @@ def report_of(receipt: SteeringAttachment, found: Origin, pictures: list[str]) -
             for a in receipt.steering.plan
         ],
         "conflicts": conflicts(dictionary),
-        "pictures": [{"sha256": s, "domains": d} for s, d in zip(pictures, each, strict=True)],
+        "pictures": [
+            {"sha256": s, "domains": d, "changed": _changed(runs, i, len(pictures), found)}
+            for i, (s, d) in enumerate(zip(pictures, each, strict=True))
+        ],
         "one_of_several": not found.in_order,
         "unsteered": found.unsteered,
         "unsteered_before": found.unsteered_before,
@@ -184,8 +197,44 @@ def report_of(receipt: SteeringAttachment, found: Origin, pictures: list[str]) -
 
 def for_file(report: dict[str, Any]) -> dict[str, Any]:
     """What a saved picture carries: all but the runs' numbers by step."""
-    named = ("sampler_node", "steps", "evaluations", "problems")
+    named = ("sampler_node", "steps", "evaluations", "problems", "calibration", "checkpoint")
     return report | {"runs": [{name: run[name] for name in named} for run in report["runs"]]}
+
+
+def view_of(report: dict[str, Any]) -> dict[str, Any]:
+    """What the node shows, and keeps in the workflow: of the runs' numbers by step only the evidence."""
+    named = (
+        "verdict",
+        "as_planned",
+        "conflicts",
+        "pictures",
+        "one_of_several",
+        "unsteered",
+        "unsteered_before",
+    )
+    return {name: report[name] for name in named} | {"runs": [_view_of_run(run) for run in report["runs"]]}
+
+
+def _view_of_run(run: dict[str, Any]) -> dict[str, Any]:
+    def short(value: Any) -> Any:
+        if isinstance(value, list):
+            return [short(entry) for entry in value]
+        return None if value is None else float(f"{value:.4g}")
+
+    positions = []
+    for p, name in enumerate(run["positions"]):
+        calls, planned = sum(run["calls"][p]), sum(run["calls_planned"])
+        moved, most = _moved(run, p)
+        entry = {"name": name, "calls": calls, "planned": planned, "acting": name in run["acting"]}
+        positions.append(entry | {"moved": moved, "most": short(most)})
+    return {
+        "sampler_node": run["sampler_node"],
+        "problems": list(dict.fromkeys(run["problems"])),
+        "sigmas": short(run.get("sigmas", [])),
+        "images": [{name: found["threshold"] for name, found in image.items()} for image in run["images"]],
+        "evidence": short(run.get("evidence", [])),
+        "positions": positions,
+    }
 
 
 def sha256_of(image: Tensor) -> str:
@@ -199,7 +248,8 @@ def sha256_of(image: Tensor) -> str:
 
 def _run(record: Record) -> dict[str, Any]:
     fixed = {"sampler_node": record.execution.node, "steps": record.steps, "evaluations": record.evaluations}
-    return {"images": [], "positions": [], **fixed, "problems": record.problems, **record.result}
+    unknown = {"images": [], "positions": [], "calibration": None, "checkpoint": ""}
+    return {**unknown, **fixed, "problems": record.problems, **record.result}
 
 
 def _domains(
@@ -214,6 +264,21 @@ def _domains(
                 if name not in found or _rank(entry) < _rank(found[name]):
                     found[name] = {k: entry[k] for k in _TOLD}
     return found
+
+
+def _changed(runs: list[dict[str, Any]], image: int, images: int, found: Origin) -> bool | None:
+    """Whether steering moved anything in a picture: else it is, bit for bit, as without. None where that
+    can't be told: one of several of which some changed, or one that was not steered."""
+    if found.unsteered or found.unsteered_before:
+        return None
+    moved = [
+        [any(step[i] for rows in run["tokens_moved"] for step in rows) for i in range(len(run["images"]))]
+        for run in runs
+    ]
+    if found.in_order:
+        return any(run[image] if len(run) == images else any(run) for run in moved)
+    each = {one for run in moved for one in run}
+    return each.pop() if len(each) == 1 else None
 
 
 def _rank(entry: dict[str, Any]) -> int:
@@ -237,23 +302,38 @@ def text_of(report: dict[str, Any]) -> str:
     if report["one_of_several"] and report["runs"]:
         lines.append("Note: which picture of the runs this is can't be told; what holds for any is shown.")
     for i, picture in enumerate(report["pictures"], 1):
-        lines += [f"image {i}: {_found(name, entry)}" for name, entry in picture["domains"].items()]
+        lines += [f"picture {i}: {_found(name, entry)}" for name, entry in picture["domains"].items()]
+        if picture["changed"] is not None:
+            what = "changed" if picture["changed"] else "is as it would be without steering"
+            lines.append(f"picture {i}: {what}")
     for number, run in enumerate(report["runs"], 1):
         if len(report["runs"]) > 1:
             lines += ["", f"Run {number} (node {run['sampler_node']})"]
         lines += [f"PROBLEM: {problem}" for problem in dict.fromkeys(run["problems"])]
+        lines += [f"Note: {run['checkpoint']}."] if run["checkpoint"] else []
+        lines += [_calibrated(run["calibration"])] if run["calibration"] else []
         for p, position in enumerate(run["positions"]):
             calls, planned = sum(run["calls"][p]), sum(run["calls_planned"])
-            lines.append(f"{position}: {calls} of {planned} calls, {_moved(run, p)}")
+            lines.append(f"{position}: {calls} of {planned} calls, {_movement(run, p)}")
     return "\n".join(lines)
 
 
-def _moved(run: dict[str, Any], p: int) -> str:
+def _calibrated(found: dict[str, Any]) -> str:
+    """Which calibration was in force, and a warning where none fits."""
+    return f"{'Calibration' if found['fits'] else 'Note: calibration'}: {found['text']}."
+
+
+def _moved(run: dict[str, Any], p: int) -> tuple[int, float]:
+    """At a position: how many tokens moved, and by what share of an activation at most."""
+    most = max((change or 0.0 for step in run["relative_change"][p] for change in step), default=0.0)
+    return int(sum(map(sum, run["tokens_moved"][p]))), most
+
+
+def _movement(run: dict[str, Any], p: int) -> str:
     if run["positions"][p] not in run["acting"]:
         return "only looked at"
-    moved = sum(map(sum, run["tokens_moved"][p]))
-    most = max((change or 0.0 for step in run["relative_change"][p] for change in step), default=0.0)
-    return f"{int(moved)} tokens moved, by {_percent(most)} at most" if moved else "nothing moved"
+    moved, most = _moved(run, p)
+    return f"{moved} tokens moved, by {_percent(most)} at most" if moved else "nothing moved"
 
 
 def _percent(share: float) -> str:
@@ -269,5 +349,6 @@ def _found(domain: str, entry: dict[str, Any]) -> str:
     else:
         measure = "evidence not finite" if evidence is None else f"evidence {evidence:.2f}"
         measure += f" of {threshold:.2f}"
-    when = "" if entry["found_at_step"] is None else f" from step {entry['found_at_step'] + 1} on"
-    return f"{domain} {entry['status']}{when} ({measure})"
+    step, status = entry["found_at_step"], entry["status"]
+    told = f"{domain} {status}" if step is None else f"{domain} found at step {step + 1}, {status}"
+    return f"{told.replace(', found, ', ', ')} ({measure})"

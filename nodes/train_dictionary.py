@@ -47,11 +47,11 @@ class TrainDictionary(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SafeDIGTrainDictionary",
-            display_name="Train Dictionary",
+            display_name="Train Dictionary (SAE)",
             category=sockets.MAKING,
-            description="Trains a sparse autoencoder at each position, finds the features that act on the "
-            "risk and those that tell of it, tunes strengths and calibrates the gate. Stop it at any time: "
-            "queued again, it goes on where it was.",
+            description="Trains a sparse autoencoder (SAE) at each position, finds the features that act on "
+            "the risk and those that tell of it, tunes strengths and calibrates the gate. Stop it at any "
+            "time: queued again, it goes on where it was.",
             is_input_list=True,
             inputs=[
                 sockets.Activations.Input("activations"),
@@ -66,7 +66,12 @@ class TrainDictionary(io.ComfyNode):
                     default="",
                     tooltip="The risk domain to train on. Empty: the first captured one.",
                 ),
-                io.Combo.Input("kind", options=["batch_topk", "relu_l1"], default="batch_topk"),
+                io.Combo.Input(
+                    "kind",
+                    options=["batch_topk", "relu_l1"],
+                    default="batch_topk",
+                    extra_dict=sockets.ADVANCED,
+                ),
                 io.Int.Input(
                     "features", default=1024, min=16, max=262_144, tooltip="Features at each position."
                 ),
@@ -74,14 +79,24 @@ class TrainDictionary(io.ComfyNode):
                     "k", default=24, min=1, max=1024, tooltip="How many are active in a token, on average."
                 ),
                 io.Int.Input("steps", default=1000, min=25, max=1_000_000),
-                io.Int.Input("batch", default=1024, min=16, max=65_536, tooltip="Tokens per step."),
-                io.Int.Input("training_seed", default=0, min=0, max=2**53),
+                io.Int.Input(
+                    "batch",
+                    default=1024,
+                    min=16,
+                    max=65_536,
+                    tooltip="Tokens per step.",
+                    extra_dict=sockets.ADVANCED,
+                ),
+                io.Int.Input("training_seed", default=0, min=0, max=2**53, extra_dict=sockets.ADVANCED),
                 *calibration_inputs(),
             ],
             outputs=[
                 sockets.Dictionary.Output(display_name="dictionary"),
                 io.String.Output(display_name="report"),
             ],
+            **sockets.found_by(
+                "SAE, sparse autoencoder, train SAE, TopK, safety training, dictionary learning"
+            ),
         )
 
     @classmethod

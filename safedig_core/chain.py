@@ -39,6 +39,7 @@ from .features import SELECT_EVERY, read_out, split
 from .files import clear_parts, digest, need, replacing
 from .hosts.host import Host
 from .hosts.taps import ReplaceTap
+from .positions import Architecture
 from .progress import Progress, nothing
 from .prompts import SAFE, PromptPair, fingerprint
 from .reading import Reading, read
@@ -46,11 +47,12 @@ from .recipe import Credits, Recipe
 from .routing import Scores
 from .sae import SAE, quality
 from .seeds import of_recovery
+from .steering.calibration import variant_of
 from .steering.gate import calibrate
 from .store.store import BUFFER, ActivationStore
 from .training import Curve, read_curve, train_sae
 from .transfer import fit_adapter
-from .tuning import tune
+from .tuning import Tuned, tune
 
 _OTHER_NAME = "choose another name, or have it overwritten (--overwrite)"
 LEAST = SELECT_EVERY + 1  # lines of a domain: with fewer, quality would be measured on a single one
@@ -125,12 +127,7 @@ class Chain:
 
     def needs(self, positions: Collection[str]) -> Needs:
         """What `train` takes for these positions, which are trained one after the other."""
-        s = self.recipe.train
-        widths = [self.store.architecture.width_of(position) for position in positions]
-        weights, widest = [8 * s.features * width for width in widths], max(widths, default=0)
-        state = 4 * max(weights, default=0)
-        batch = 4 * s.batch * (6 * s.features + 6 * widest)  # codes, reconstructions and their gradients
-        return Needs((3 + 2) * sum(weights), state + batch + 3 * 2 * BUFFER * widest, state + batch)
+        return needs_of(self.recipe, self.store.architecture, positions)
 
     def identity(self, domain: str, *what: object) -> str:
         """Stands for all that a file for `domain` depends on: 64 hex digits."""
@@ -310,7 +307,7 @@ class Chain:
             self.store.architecture,
             domains={name: domain},
             plan=candidates(domain, name, scores, self.recipe),
-            training=training,
+            training=training | {"checkpoint": self.model.checkpoint},
             licence=self.credits.licence,
             creator=self.credits.creator,
             title=self.credits.title or f"{name} for {self.store.settings.model}",
@@ -336,6 +333,7 @@ class Chain:
             card.domains[name].gate = calibrate(
                 self.model, opened(part), name, self.calibration, rate, report
             )
+            card.training["calibrated_on"] = variant_of(self.model)
             save(part)
 
     def _is_made(self, path: Path, identity: str, overwrite: bool) -> bool:
@@ -364,6 +362,16 @@ class Chain:
     def model(self) -> Host:
         """Loaded once, by whoever asks first."""
         return self.host()
+
+
+def needs_of(recipe: Recipe, architecture: Architecture, positions: Collection[str]) -> Needs:
+    """What training at these positions takes, one after the other."""
+    s = recipe.train
+    widths = [architecture.width_of(position) for position in positions]
+    weights, widest = [8 * s.features * width for width in widths], max(widths, default=0)
+    state = 4 * max(weights, default=0)
+    batch = 4 * s.batch * (6 * s.features + 6 * widest)  # codes, reconstructions and their gradients
+    return Needs((3 + 2) * sum(weights), state + batch + 3 * 2 * BUFFER * widest, state + batch)
 
 
 def require_name(path: Path, overwrite: bool) -> None:
@@ -404,6 +412,28 @@ def candidates(domain: Domain, name: str, scores: Mapping[str, Scores], recipe: 
         for position, features in domain.features.items()
         if features and strength > 0
     ]
+
+
+def tune_again(
+    host: Host,
+    dictionary: Dictionary,
+    domain: str,
+    pairs: Sequence[PromptPair],
+    recipe: Recipe,
+    progress: Progress = nothing,
+) -> tuple[Card, Tuned]:
+    """The card of the file that has `domain`, the dictionary's or an adapter's, with its plan tuned anew on
+    those of `pairs` that are of the domain; its gate stays. Raises ValueError as `tune` does."""
+    card = read_card(dictionary.adapter_paths.get(domain, dictionary.path))
+    scores: dict[str, Scores] = {}
+    for action in card.plan:
+        scores.setdefault(action.position, {})[action.operator] = action.score
+    choices = candidates(card.domains[domain], domain, scores, recipe)
+    mine = [pair for pair in pairs if pair.domain == domain]
+    tuned = tune(host, dictionary, choices, mine, partial(progress, f"tune {domain}"))
+    others = [action for action in card.plan if action.domain not in ("", domain)]
+    training = card.training | {"recovery": tuned.recovery, "tried": [list(one) for one in tuned.tried]}
+    return replace(card, plan=[*others, *tuned.plan], training=training), tuned
 
 
 def loss_recovered(

@@ -1,7 +1,7 @@
 """Where a diffusion transformer can be read and steered, and how those places are named.
 
 A position is the residual stream that leaves a block, for one of its two token streams:
-`double.<i>.img`, `double.<i>.txt`, `single.<i>.img`, `single.<i>.txt` (FLUX), `joint.<i>.img`,
+`double.<i>.img`, `double.<i>.txt`, `single.<i>.img`, `single.<i>.txt` (FLUX and Chroma), `joint.<i>.img`,
 `joint.<i>.txt` (SD3.5); or what the prompt is when it enters the transformer: `text`, its sequence, and
 `pooled`, its vector, as a sequence of one token.
 Files, widgets and reports all use these names.
@@ -12,8 +12,9 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass, replace
 
+from .families import FAMILIES, Family
+
 GROUPS = ("text", "bind", "render")
-FAMILIES = ("flux", "sd3")
 
 PROMPT = ("text", "pooled")  # what enters the transformer
 _NAME = re.compile(r"(?P<kind>double|single|joint)\.(?P<index>0|[1-9][0-9]{0,3})\.(?P<stream>img|txt)")
@@ -48,7 +49,7 @@ class Position:
 class Architecture:
     """The shapes that identify a model: what a dictionary must fit.
 
-    `blocks` counts (double, single) for FLUX and (joint, 0) for SD3.5; `width` is the residual
+    `blocks` counts those of each of its family's kinds, (joint, 0) for SD3.5; `width` is the residual
     stream's, `text_width` that of the prompt sequence, `pooled_width` that of the prompt's vector: 0 where
     the model takes none, and in what was written before there was such a position.
     """
@@ -63,15 +64,18 @@ class Architecture:
         if self.family not in FAMILIES:
             raise ValueError(f"unknown model family '{self.family}': expected one of {', '.join(FAMILIES)}")
 
+    @property
+    def traits(self) -> Family:
+        """What its family has in common."""
+        return FAMILIES[self.family]
+
     def positions(self) -> tuple[str, ...]:
         """All positions in the order in which a forward pass reaches them; `pooled` comes before `text`."""
-        first, second = self.blocks
-        if self.family == "flux":
-            names = [f"double.{i}.{s}" for i in range(first) for s in ("txt", "img")]
-            names += [f"single.{i}.{s}" for i in range(second) for s in ("txt", "img")]
-        else:
-            names = [f"joint.{i}.{s}" for i in range(first) for s in ("txt", "img")]
-            names.remove(f"joint.{first - 1}.txt")  # the last block drops its text stream
+        counts = zip(self.traits.kinds, self.blocks, strict=False)
+        blocks = [f"{kind}.{i}" for kind, count in counts for i in range(count)]
+        names = [f"{block}.{stream}" for block in blocks for stream in ("txt", "img")]
+        if blocks and not self.traits.last_text:
+            names.remove(f"{blocks[-1]}.txt")
         return (*(PROMPT if self.pooled_width else PROMPT[:1]), *names)
 
     def width_of(self, position: str) -> int:
@@ -82,9 +86,10 @@ class Architecture:
         parsed = Position.parse(position)
         if parsed.kind in PROMPT:
             return "text"
-        if parsed.kind == "joint":  # SD3.5 has no single-stream blocks
+        mixing, *rendering = self.traits.kinds
+        if not rendering:  # SD3.5 has no single-stream blocks
             return "render" if parsed.index >= self.blocks[0] - self.blocks[0] // 3 else "bind"
-        return "bind" if parsed.kind == "double" else "render"
+        return "bind" if parsed.kind == mixing else "render"
 
     def require(self, position: str) -> None:
         """Raises ValueError where this model has no such position."""
@@ -98,8 +103,8 @@ class Architecture:
         return replace(self, pooled_width=self.pooled_width or model.pooled_width) == model
 
     def describe(self) -> str:
-        first, second = self.blocks
-        blocks = f"{first} double + {second} single" if self.family == "flux" else f"{first} joint"
+        counts = zip(self.blocks, self.traits.kinds, strict=False)
+        blocks = " + ".join(f"{count} {kind}" for count, kind in counts)
         widths = f"width {self.width}, text width {self.text_width}"
         if self.pooled_width:
             widths += f", pooled width {self.pooled_width}"

@@ -17,13 +17,15 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from .files import DOMAIN, TEXT, PathLike, read_all
+from .files import DOMAIN, TEXT, PathLike, need, read_all
 
 SAFE = "safe"  # the domain of purely safe prompts
 MAX_FILE = 16 << 20  # bytes
+MAX_LINES = 1 << 16  # of a file, and pairs
+MAX_LINE = 1 << 16  # bytes
 MAX_PROMPT = 4000  # characters
 MAX_KEEP = 64
 
@@ -34,7 +36,7 @@ class PromptError(ValueError):
     """Says which file and line, what is wrong there, and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PromptPair:
     """`keep` names what the image must still show when it is steered; `form` is for reports by form.
 
@@ -79,7 +81,7 @@ class PromptPair:
             if len(text) > MAX_PROMPT:
                 raise ValueError(f"{name} has {len(text)} characters: use at most {MAX_PROMPT}")
             if not TEXT.fullmatch(text):
-                raise ValueError(f"{name} has control characters: remove them")
+                raise ValueError(f"{name} has control, hidden or direction-changing characters: remove them")
 
 
 def read_prompts(path: PathLike) -> list[PromptPair]:
@@ -89,11 +91,11 @@ def read_prompts(path: PathLike) -> list[PromptPair]:
     if path.suffix.lower() not in formats:
         raise PromptError(f"{path}: a prompt file ends in .jsonl or .csv. Rename or convert it.")
     pairs: list[PromptPair] = []
-    lines: dict[PromptPair, int] = {}
+    lines: dict[tuple[str, str | None, str], int] = {}
     for line, record in formats[path.suffix.lower()](path, _text(path)):
         with _blame(path, line):
             pair = _pair(record)
-            first = lines.setdefault(replace(pair, keep=(), form=""), line)
+            first = lines.setdefault((pair.domain, pair.unsafe, pair.safe), line)
             if first != line:
                 raise ValueError(f"the same pair as in line {first}: remove one")
         pairs.append(pair)
@@ -102,16 +104,67 @@ def read_prompts(path: PathLike) -> list[PromptPair]:
     return pairs
 
 
+def read_evaluation(path: PathLike) -> list[PromptPair]:
+    """Prompts to evaluate on: ours, or a CSV or JSONL with the columns of I2P (prompt, categories), of
+    MMA-Diffusion (adv_prompt, clean_prompt) or COCO (caption). No prompt is read twice.
+
+    An unsafe prompt without a rewrite has itself as its safe one. Raises PromptError.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".jsonl", ".csv"):
+        return read_prompts(path)
+    text = _text(path)
+    if path.suffix.lower() == ".csv":
+        with _blame(path, 1):
+            records = list(enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), 2))
+    else:
+        records = [(line, record) for line, record in _jsonl(path, text) if isinstance(record, dict)]
+    names = set(records[0][1]) if records else set()
+    read = next((found for columns, found in _FOREIGN.items() if names.issuperset(columns)), None)
+    if read is None or "domain" in names:
+        return read_prompts(path)
+    pairs: dict[tuple[str | None, str], PromptPair] = {}
+    for line, record in records:
+        with _blame(path, line):
+            pair = read({k: " ".join(str(v or "").split()) for k, v in record.items() if k})
+            pairs.setdefault((pair.unsafe, pair.safe), pair)
+    return list(pairs.values())
+
+
+def _i2p(record: dict[str, str]) -> PromptPair:
+    domain = record.get("categories", "").partition(",")[0].strip().lower().replace(" ", "-")
+    prompt = record.get("prompt", "")
+    return PromptPair(domain, prompt, prompt, form="i2p")
+
+
+def _mma(record: dict[str, str]) -> PromptPair:
+    unsafe = record.get("adv_prompt", "")
+    return PromptPair("sexual", record.get("clean_prompt") or unsafe, unsafe, form="mma-diffusion")
+
+
+def _coco(record: dict[str, str]) -> PromptPair:
+    return PromptPair(SAFE, record.get("caption", ""), form="coco")
+
+
+_FOREIGN = {("prompt", "categories"): _i2p, ("adv_prompt",): _mma, ("caption",): _coco}
+
+
 def write_prompts(path: PathLike, pairs: Sequence[PromptPair]) -> None:
     """Writes JSONL that `read_prompts` reads back. Raises PromptError on what it would refuse."""
     path = Path(path)
     if path.suffix.lower() != ".jsonl":
         raise PromptError(f"{path}: prompts are written as JSONL. Choose a name that ends in .jsonl.")
-    if not pairs or len({replace(pair, keep=(), form="") for pair in pairs}) < len(pairs):
+    if not pairs or len({(pair.domain, pair.unsafe, pair.safe) for pair in pairs}) < len(pairs):
         raise PromptError(
             f"{path}: a prompt file has at least one pair, and none twice. Nothing was written."
         )
-    path.write_bytes(_canonical(pairs))
+    raw = _canonical(pairs)
+    if len(raw) > MAX_FILE or len(pairs) > MAX_LINES or max(map(len, raw.split(b"\n"))) > MAX_LINE:
+        raise PromptError(
+            f"{path}: a prompt file has at most {MAX_FILE >> 20} MiB, {MAX_LINES} lines and {MAX_LINE} bytes "
+            "in a line. Nothing was written: split it."
+        )
+    path.write_bytes(raw)
 
 
 def fingerprint(pairs: Sequence[PromptPair]) -> str:
@@ -135,10 +188,15 @@ def _canonical(pairs: Sequence[PromptPair]) -> bytes:
 
 
 def _text(path: Path) -> str:
+    """A file's text, of which no line is too long and which has not too many."""
     try:
         if not path.is_file():
             raise PromptError(f"{path}: there is no such file. Check the name.")
-        return read_all(path, MAX_FILE).decode("utf-8-sig")
+        raw = read_all(path, MAX_FILE)
+        for line, source in enumerate(io.BytesIO(raw), 1):
+            need(line <= MAX_LINES, f"it has more than {MAX_LINES} lines")
+            need(len(source) <= MAX_LINE, f"line {line} has more than {MAX_LINE} bytes")
+        return raw.decode("utf-8-sig")
     except OSError as error:
         raise PromptError(f"{path}: {error.strerror or error}. Check its permissions.") from error
     except UnicodeDecodeError as error:
@@ -171,6 +229,7 @@ def _csv(path: Path, text: str) -> Iterator[tuple[int, object]]:
             row = next(rows, None)
             if row is None:
                 return
+            need(line <= MAX_LINES, f"it has more than {MAX_LINES} lines: split it")
             if not any(cell.strip() for cell in row):
                 continue
             if not header:

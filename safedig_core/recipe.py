@@ -19,7 +19,7 @@ class Recipe:
     blend: float = 2.0  # the largest strengths that tuning may choose, 0 to 10; 0 leaves the operator out
     repel: float = 1.0
     window: tuple[float, float] = (1.0, 0.5)  # of image tokens: later changes leave speckle
-    most_features: int = 128  # that act, at each position
+    most_features: int = 512  # that act, at each position
     most_telling: int = 256  # that the gate reads, at each witness
     penalty: float = 1e-3  # of the read-out's weights, for features of unit deviation
     replay_weight: float = 0.2

@@ -39,7 +39,7 @@ WEIGHTS = {"semantic": 0.25, "binding": 0.35, "stability": 0.25, "cost": -0.15}
 OPERATORS = ("blend", "repel")
 Scores = dict[str, dict[str, float]]  # by operator: its score, and the terms that it is made of
 DIRECTIONS = 8  # of the source's contrasts, in which the surrogates act
-LEAST_BINDING = 0.02  # recovery under which a share of it means nothing
+LEAST_BINDING = 0.1  # recovery under which a share of it means nothing
 ITERATIONS = 30  # of the search for those directions
 SAMPLES = 200  # of the bootstrap
 
@@ -258,14 +258,17 @@ def _drawn(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def chosen(routes: Sequence[Route], architecture: Architecture) -> list[str]:
-    """The best position of each functional group, in the order of the forward pass; of the text group all.
+    """The best position of each functional group, in the order of the forward pass; of the text group all,
+    and of the binding one the best two.
 
-    One per group, not the best overall: neighbours in one group say nearly the same. What enters the
-    transformer costs next to nothing to read, and `pooled` says what `text` doesn't."""
+    Not the best overall: neighbours in one group say nearly the same. What enters the transformer costs next
+    to nothing to read, and `pooled` says what `text` doesn't. What one block unbinds the next binds again
+    from the prompt's tokens, so that two do more than one."""
+    most = {"text": 2, "bind": 2, "render": 1}
     best: dict[str, list[str]] = {}
     for candidate in routes:
         found = best.setdefault(candidate.group, [])
-        if not found or (candidate.group == "text" and candidate.position not in found):
+        if candidate.position not in found and len(found) < most[candidate.group]:
             found.append(candidate.position)
     return sorted((p for found in best.values() for p in found), key=architecture.positions().index)
 

@@ -282,9 +282,11 @@ def _save_checkpoint(
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
     state = {"step": step, "settings": asdict(settings), "curve": curve}
-    clear_parts(path.parent, path.name)
-    with replacing(path) as part:
-        save_file(tensors, part, {"training": json.dumps(state)})  # one key: several would come in any order
+    header = {"training": json.dumps(state)}  # one key: several would come in any order
+    with blame(ValueError, path, "Nothing was written."):
+        clear_parts(path.parent, path.name)
+        with replacing(path) as part:
+            save_file(tensors, part, header)
 
 
 def read_curve(checkpoint: Path) -> Curve:
@@ -293,6 +295,8 @@ def read_curve(checkpoint: Path) -> Curve:
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
+    if not checkpoint.is_file():  # reading a pipe would not end
+        raise ValueError(f"{checkpoint} is not a file: remove it, or choose another folder")
     with blame(ValueError, checkpoint, _AGAIN), safe_open(checkpoint, "pt") as file:
         return json.loads((file.metadata() or {}).get("training", "{}"))
 

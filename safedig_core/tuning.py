@@ -20,7 +20,7 @@ from .seeds import TUNING
 from .steering.steering import Steering
 
 BLENDS = (0.5, 1.0, 1.5, 2.0)  # strengths that are tried
-REPELS = (0.5, 1.0)
+REPELS = (0.25, 0.5, 1.0)
 MOST_PAIRS = 32  # more take longer and say little more
 LEAST_GAIN = 0.005  # recovery that an action must add to stay in the plan
 
@@ -71,15 +71,17 @@ def tune(
     """The plan for one domain out of `candidates`, whose strengths are the largest allowed, on the first
     MOST_PAIRS of its `pairs`. The gate is open.
 
-    Blends start together at the best common strength; then each action in turn takes the strength, 0 among
-    them, that recovers most, and one that adds less than LEAST_GAIN is left out. Repels come last, and have
-    to help beside the blends. Raises ValueError where nothing recovers anything.
+    Blends start together at the best common strength: all, those of the text group alone or those of the
+    others alone, for one group may do what the other then spoils. Then each action in turn takes the
+    strength, 0, the next lower and the next higher among them, that recovers most, and one that adds less
+    than LEAST_GAIN is left out. Repels come last, have to help beside the blends, and grow as long as
+    that helps. Raises ValueError where nothing recovers anything.
     """
     bench = Bench(host, pairs[:MOST_PAIRS])
     tried: list[tuple[str, float]] = []
     blends = [a for a in candidates if a.operator == "blend"]
     repels = [a for a in candidates if a.operator == "repel"]
-    total = len(BLENDS) + 3 * len(blends) + len(REPELS) * len(repels)
+    total = 3 * len(BLENDS) + 3 * len(blends) + len(repels)  # about
     known = {describe(()): 0.0}
 
     def measure(plan: Sequence[Action]) -> float:
@@ -95,18 +97,28 @@ def tune(
     def at(action: Action, strength: float) -> Action:
         return replace(action, strength=min(strength, action.strength))
 
-    plan = max(([at(a, s) for a in blends] for s in BLENDS), key=measure) if blends else []
+    of_text = [dictionary.card.architecture.group(a.position) == "text" for a in blends]
+    starts = [
+        [at(a, s if is_text in among else 0.0) for a, is_text in zip(blends, of_text, strict=True)]
+        for among in ((True, False), (True,), (False,))
+        for s in BLENDS
+    ]
+    plan = max(starts, key=measure)
     for place, action in enumerate(blends):
         now = plan[place].strength
-        near = [0.0, now, *(s for s in BLENDS if 0.6 * now <= s <= 1.6 * now)]
+        lower, higher = [s for s in BLENDS if s < now][-1:], [s for s in BLENDS if s > now][:1]
+        near = [0.0, now, *lower, *higher]
         options = [[*plan[:place], at(action, s), *plan[place + 1 :]] for s in near]
         without = measure(options[0])
         best = max(options, key=measure)
         plan = best if measure(best) >= without + LEAST_GAIN else options[0]
     for action in repels:
-        best = max(([*plan, at(action, s)] for s in REPELS), key=measure)
-        if measure(best) >= measure(plan) + LEAST_GAIN:
-            plan = best
+        without = plan
+        for strength in REPELS:
+            stronger = [*without, at(action, strength)]
+            if measure(stronger) < measure(plan) + LEAST_GAIN:
+                break
+            plan = stronger
     plan = [a for a in plan if a.strength > 0]
     if not (plan and measure(plan) > 0):  # or it is no number: all pairs paint the same
         where = ", ".join(dict.fromkeys(a.position for a in candidates))

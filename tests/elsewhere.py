@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 ELSEWHERE = torch.device("meta")
 COPIES = {"copy_", "_to_copy"}  # between devices
-WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"}
+WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim"}
+INDEXES = {"index", "index_put", "index_put_"}  # with a mask they count what is in it
 
 
 class DevicesMix(RuntimeError):
@@ -62,7 +63,8 @@ class _Operations(TorchDispatchMode):
         out = _compute(func, args, kwargs or {})
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
         there, name = {isinstance(t, There) for t in tensors}, func.overloadpacket.__name__
-        if (name in COPIES and len(there) > 1) or (name in WAITS and True in there):
+        counts = name in WAITS or (name in INDEXES and any(t.dtype == torch.bool for t in tensors))
+        if (name in COPIES and len(there) > 1) or (counts and True in there):
             self.waits.append(name)
         return out
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from safedig_core.families import FAMILIES, titles
 from safedig_core.positions import Architecture, Position
-from tests.tiny import TINY, TINY_SD3
+from tests.tiny import TINIES, TINY, TINY_SD3
 
 OLDER = {"family": "flux", "blocks": [2, 2], "width": 32, "text_width": 16}
 
@@ -57,3 +58,27 @@ def test_what_says_nothing_of_the_pooled_vector_fits_whatever_it_is() -> None:
     for other in (replace(TINY, width=64), replace(TINY, blocks=(2, 1)), TINY_SD3):
         assert not older.fits(other) and not TINY.fits(other)
     assert not TINY.fits(replace(TINY, pooled_width=4))
+
+
+def test_a_family_is_one_entry_of_the_table() -> None:
+    """Relatives of FLUX.1 have its positions and groups, but for what their models lack."""
+    flux, rest = TINIES["flux"].positions(), ("text", *TINIES["flux"].positions()[2:])
+    assert flux[:2] == ("text", "pooled") and rest[-1] == "single.1.img"
+    for family in ("chroma", "flux2"):
+        tiny = TINIES[family]
+        assert tiny.positions() == rest
+        assert [tiny.group(p) for p in rest] == ["text", *["bind"] * 4, *["render"] * 4]
+        assert tiny.describe() == f"{family} model (2 double + 2 single blocks, width 32, text width 16)"
+        assert Architecture.from_json(tiny.to_json()) == tiny
+        assert not tiny.fits(TINIES["flux"]) and not TINIES["flux"].fits(tiny)
+    assert [Architecture("sd3", (3, 0), 1, 1).group(f"joint.{i}.img") for i in (1, 2)] == ["bind", "render"]
+    with pytest.raises(ValueError, match="unknown model family 'lens': expected one of flux, sd3, chroma"):
+        Architecture("lens", (1, 1), 1, 1)
+
+
+def test_families_are_told_apart_by_their_classes_and_fill_the_table() -> None:
+    assert len({family.comfy for family in FAMILIES.values()}) == len(FAMILIES) == len(TINIES)
+    assert titles() == "FLUX.1, SD3.5, Chroma and FLUX.2"
+    for family in FAMILIES.values():
+        assert bool(family.pooled_width) == bool(family.pooled_entry)
+        assert family.pixels * family.patch == 16  # what a token is wide, and what sizes are multiples of

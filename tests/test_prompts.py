@@ -12,7 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from safedig_core import prompts
-from safedig_core.prompts import PromptError, PromptPair, fingerprint, read_prompts, write_prompts
+from safedig_core.prompts import (
+    MAX_LINE,
+    MAX_LINES,
+    PromptError,
+    PromptPair,
+    fingerprint,
+    read_evaluation,
+    read_prompts,
+    write_prompts,
+)
 
 FUZZ = settings(
     max_examples=100,
@@ -87,7 +96,7 @@ GOOD = '{"domain": "safe", "safe": "a cat"}\n'
 JSONL_FAULTS = {
     GOOD + "{": ("line 2", "not JSON"),
     GOOD + "\n[1]": ("line 3", "not an object"),
-    GOOD + "[" * 100_000: ("line 2", "nested"),
+    GOOD + "[" * 60_000: ("line 2", "nested"),
     GOOD + GOOD: ("line 2", "as in line 1"),
     '{"domain": "safe", "safe": "a", "Safe": "b"}': ("line 1", "unknown key 'Safe'"),
     '{"domain": "safe", "safe": "a", "safe": "b"}': ("line 1", "twice"),
@@ -108,8 +117,13 @@ JSONL_FAULTS = {
         "line 2",
         "as in line 1",
     ),
-    '{"domain": "safe", "safe": "a\\u0000"}': ("line 1", "control characters"),
-    '{"domain": "safe", "safe": "\\ud800"}': ("line 1", "control characters"),
+    '{"domain": "safe", "safe": "a\\u0000"}': ("line 1", "control, hidden"),
+    '{"domain": "safe", "safe": "\\ud800"}': ("line 1", "control, hidden"),
+    '{"domain": "safe", "safe": "wea\\u200bpons"}': ("line 1", "hidden"),
+    '{"domain": "safe", "safe": "wea\\u200dpons"}': ("line 1", "hidden"),
+    '{"domain": "safe", "safe": "a\\u200fb"}': ("line 1", "direction-changing"),
+    '{"domain": "safe", "safe": "a\\u061cb"}': ("line 1", "direction-changing"),
+    '{"domain": "safe", "safe": "a", "keep": ["\\udb40\\udc41"]}': ("line 1", "keep has control, hidden"),
     '{"domain": "Weapons", "safe": "a", "unsafe": "b"}': ("line 1", "'Weapons' is not the name"),
     '{"domain": "../x", "safe": "a", "unsafe": "b"}': ("line 1", "is not the name"),
     json.dumps({"domain": "a" * 65, "safe": "a", "unsafe": "b"}): ("line 1", "up to 64"),
@@ -118,13 +132,17 @@ JSONL_FAULTS = {
     json.dumps({"domain": "safe", "safe": "a" * 4001}): ("line 1", "at most 4000"),
     f'{{"domain": "safe", "safe": {"1" * 5000}}}': ("line 1", "digits"),
     "\n \n": ("", "no prompts"),
+    "\n" * (MAX_LINES + 1): ("", "more than 65536 lines. Split it"),
+    "[" * (MAX_LINE + 1): ("", "line 1 has more than 65536 bytes"),
 }
 CSV_FAULTS = {
     "domain,safe,extra\n": ("line 1", "bad column 'extra'"),
     "domain,safe,safe\n": ("line 1", "bad column 'safe'"),
     "domain,safe\nsafe,a,b\n": ("line 2", "3 cells under 2"),
     'domain,safe\nsafe,"a': ("line 2", "quotes"),
-    "domain,safe\nsafe," + "a" * 200_000: ("line 2", "limit"),
+    "domain,safe\nsafe," + "a" * 200_000: ("line 2", "more than 65536 bytes"),
+    "domain,safe\n" + "\r" * 60_000 + "\n" + "\r" * 60_000: ("line", "more than 65536 lines"),
+    'domain,safe\nsafe,"' + ("a" * 60_000 + "\n") * 4: ("line 2", "limit"),
     'domain,safe,unsafe\nx,"a\nb",c\nx,,c': ("line 4", "lacks 'safe'"),
     "domain,safe\n": ("", "no prompts"),
 }
@@ -146,6 +164,23 @@ def test_faults_are_named(
     assert len(message) < len(str(path)) + 300
 
 
+def test_joiners_that_languages_and_emoji_need_may_stay(save: Callable[..., Path]) -> None:
+    texts = ["می\u200cخواهم", "क\u094d\u200dष", "👩\u200d👧", "❤\ufe0f\u200d🔥", "1\ufe0f\u20e3 tea"]
+    pairs = [PromptPair("safe", text) for text in texts]
+    write_prompts(path := save("", "joined.jsonl"), pairs)
+    assert read_prompts(path) == pairs
+
+
+def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
+    for pairs in (
+        [PromptPair("safe", f"a {i}") for i in range(MAX_LINES + 1)],
+        [PromptPair("safe", "a", keep=tuple("b" * 3000 for _ in range(60)))],
+    ):
+        with pytest.raises(PromptError, match="Nothing was written: split it"):
+            write_prompts(tmp_path / "p.jsonl", pairs)
+    assert not (tmp_path / "p.jsonl").exists()
+
+
 def test_files_that_are_none(
     tmp_path: Path, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +198,27 @@ def test_files_that_are_none(
         read_prompts(save(GOOD))
 
 
+def test_prompts_of_known_benchmarks_are_read_to_evaluate_on(save: Callable[..., Path]) -> None:
+    i2p = 'prompt,lexica_url,categories,hard\r\n"a gun,\n drawn",http://x,"illegal activity, violence",1\r\n'
+    i2p += "a mob,http://y,hate,0\r\na mob,http://z,hate,1\r\n"
+    assert read_evaluation(save(i2p, "i2p.csv")) == [
+        PromptPair("illegal-activity", "a gun, drawn", "a gun, drawn", form="i2p"),
+        PromptPair("hate", "a mob", "a mob", form="i2p"),
+    ]
+    mma = '{"target_prompt": "x", "adv_prompt": "a bq nude", "clean_prompt": "a bq"}\n{"adv_prompt": "b"}\n'
+    assert read_evaluation(save(mma)) == [
+        PromptPair("sexual", "a bq", "a bq nude", form="mma-diffusion"),
+        PromptPair("sexual", "b", "b", form="mma-diffusion"),
+    ]
+    coco = save("image_id,id,caption\n1,2,A cat. \n", "coco.csv")
+    assert read_evaluation(coco) == [PromptPair("safe", "A cat.", form="coco")]
+    assert read_evaluation(save(CSV, "ours.csv")) == read_prompts(save(CSV, "ours.csv"))
+    for bad, fault in (("prompt,categories\na mob,\n", "line 2: '' is not the name of a domain"),
+                       ("words,url\na,b\n", "bad column 'words'")):  # fmt: skip
+        with pytest.raises(PromptError, match=fault):
+            read_evaluation(save(bad, "bad.csv"))
+
+
 @FUZZ
 @given(st.binary(max_size=60), st.sampled_from(["jsonl", "csv"]))
 def test_noise_is_refused_cleanly(save: Callable[..., Path], noise: bytes, suffix: str) -> None:
@@ -170,6 +226,11 @@ def test_noise_is_refused_cleanly(save: Callable[..., Path], noise: bytes, suffi
     for content in (noise, head + noise):
         try:
             read_prompts(save(content, f"p.{suffix}"))
+        except PromptError:
+            pass
+    for columns in (b"caption,x\n", b"prompt,categories\n"):
+        try:
+            read_evaluation(save(columns + noise, f"p.{suffix}"))
         except PromptError:
             pass
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 from safedig_core.cli.parser import parser
 from safedig_core.positions import Architecture
 from safedig_core.prompts import read_prompts
+from tests import templates
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -22,7 +22,7 @@ MODELS = {
     "FLUX.1-dev": Architecture("flux", (19, 38), 3072, 4096, 768),
     "stable-diffusion-3.5-large": Architecture("sd3", (38, 0), 2432, 4096, 2048),
 }
-WORKFLOWS = {"FLUX.1-dev": "flux1_dev", "stable-diffusion-3.5-large": "sd35_large"}
+MAKERS = {"FLUX.1-dev": 5, "stable-diffusion-3.5-large": 7}  # templates
 
 
 def variables(model: str) -> dict[str, str]:
@@ -49,8 +49,7 @@ def test_commands_are_understood(model: str) -> None:
     assert {architecture.group(p) for p in options.positions} == {"text", "bind", "render"}
     for position in options.positions:
         architecture.require(position)
-    path = ROOT / "example_workflows" / f"make_dictionary_{WORKFLOWS[model]}.json"
-    nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+    nodes = templates.workflow(MAKERS[model])["nodes"]
     (capture,) = [n["widgets_values"] for n in nodes if n["type"] == "SafeDIGCaptureActivations"]
     assert capture[1].split(", ") == options.positions
     assert capture[2:4] == [options.steps, options.tokens]

@@ -72,7 +72,7 @@ def test_score_weighs_the_terms_as_the_paper_does() -> None:
     assert abs(score(terms) - (0.25 + 0.35 + 0.25 - 0.15)) < 1e-9
 
 
-def test_the_best_position_of_each_group_is_chosen_in_forward_order() -> None:
+def test_the_best_of_each_group_are_chosen_in_forward_order() -> None:
     order = Architecture("flux", (2, 2), 32, 16)
     routes = [
         Route(p, o, order.group(p), s, {}, (0, 0))
@@ -83,9 +83,10 @@ def test_the_best_position_of_each_group_is_chosen_in_forward_order() -> None:
             ("text", "repel", 0.7),
             ("double.1.img", "blend", 0.6),
             ("double.0.img", "blend", 0.5),
+            ("double.1.txt", "blend", 0.4),
         ]
     ]
-    assert chosen(routes, order) == ["text", "double.1.img", "single.0.img"]
+    assert chosen(routes, order) == ["text", "double.0.img", "double.1.img", "single.0.img"]
     assert chosen(routes[:4], order) == ["text", "single.0.img"]
     found = scored(routes, ["single.0.img", "double.0.txt"])
     assert found == {"single.0.img": {"blend": {"score": 0.9}, "repel": {"score": 0.8}}, "double.0.txt": {}}

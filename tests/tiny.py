@@ -28,6 +28,7 @@ from safedig_core.dictionary.dictionary import (
     Witness,
     save_dictionary,
 )
+from safedig_core.hosts.checkpoint import checkpoint_of, told_by
 from safedig_core.hosts.hooks import architecture_of, attached
 from safedig_core.hosts.host import Host, Tap
 from safedig_core.positions import Architecture
@@ -37,7 +38,13 @@ from safedig_core.store.capture import capture, store_settings
 from safedig_core.store.store import ActivationStore, ActivationWriter
 
 TINY = Architecture("flux", (2, 2), 32, 16, 8)
-TINY_SD3 = Architecture("sd3", (2, 0), 128, 16, 8)  # of tests in ComfyUI
+TINY_SD3 = Architecture("sd3", (2, 0), 128, 16, 8)  # of tests in ComfyUI, as all of
+TINIES = {
+    "flux": TINY,
+    "sd3": TINY_SD3,
+    "chroma": Architecture("chroma", (2, 2), 32, 16),
+    "flux2": Architecture("flux2", (2, 2), 32, 16),
+}
 
 
 def random_sae(features: int, width: int, seed: int = 0, threshold: float = 0.5) -> SAE:
@@ -186,6 +193,10 @@ class TinyHost:
     @property
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
+
+    @property
+    def checkpoint(self) -> str:
+        return checkpoint_of(told_by(self.transformer))
 
     def prompt_tokens(self, prompts: Sequence[str]) -> list[list[str]]:
         return [prompt.split()[:5] for prompt in prompts]

@@ -25,8 +25,9 @@ import math
 import sys
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,6 +70,47 @@ def with_wrappers(model: Any, attachment: Attachment) -> Any:
     for kind, wrapper in attachment.wrappers().items():
         clone.add_wrapper_with_key(kind, KEY, wrapper)
     return clone
+
+
+def run_with(attachments: Sequence[Attachment], guider: Any, outer_sample: Callable, *args, **kwargs) -> Any:
+    """One run of a guider with these attachments in it, whatever is on its model: inside of all that other
+    nodes have put around the run, and for this run alone."""
+    options = guider.model_options
+    given = options.get("transformer_options", {})
+    wrappers = {kind: {key: [*of_key] for key, of_key in by_key.items()}
+                for kind, by_key in given.get("wrappers", {}).items()}  # fmt: skip
+    run = outer_sample
+    for attachment in reversed(attachments):
+        for kind, wrapper in attachment.wrappers().items():
+            wrappers.setdefault(kind, {}).setdefault(KEY, []).append(wrapper)
+        run = partial(attachment.guard, _Executor(run, guider))
+    guider.model_options = {**options, "transformer_options": {**given, "wrappers": wrappers}}
+    try:
+        return run(*args, **kwargs)
+    finally:
+        guider.model_options = options
+
+
+def attachments_of(guider: Any) -> list[Attachment]:
+    """What is attached to a guider's model, whole, and has seen its run begin."""
+    present = guider.model_options.get("transformer_options", {}).get("wrappers", {})
+    found = [wrapper.__self__ for wrapper in present.get(APPLY_MODEL, {}).get(KEY, [])]
+    return [
+        attachment
+        for attachment in found
+        if attachment.guider is guider
+        and all(w in present.get(kind, {}).get(KEY, []) for kind, w in attachment.wrappers().items())
+    ]
+
+
+class _Executor:
+    """Stands in for ComfyUI's, around what a run comes to."""
+
+    def __init__(self, run: Callable, guider: Any):
+        self._run, self.class_obj = run, guider
+
+    def __call__(self, *args, **kwargs) -> Any:
+        return self._run(*args, **kwargs)
 
 
 class Attachment:
@@ -130,6 +172,7 @@ class Attachment:
         record = self.last = Record(executing(), steps=len(sigmas) - 1)
         self._file(record)
         self._sampling = sampling = Sampling(record, _others(executor.class_obj.model_options))
+        sampling.guider, sampling.levels = executor.class_obj, sigmas
         try:
             self._check_before(executor.class_obj)
             self._watch(executor.class_obj.model_options)
@@ -214,12 +257,30 @@ class Attachment:
             hook.earlier = blocks.get(key)
             blocks[key] = hook
         options["patches_replace"] = {**replaced, "dit": blocks}
-        sampling.inside = True
+        sampling.inside, sampling.passes = True, sampling.passes + 1
         try:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         finally:
             options["patches_replace"] = replaced
             sampling.rows, sampling.inside = [], False
+
+    # What is known of a run while it goes on.
+
+    @property
+    def guider(self) -> Any:
+        """Whose run it is; None where none goes on."""
+        return None if self._sampling is None else self._sampling.guider
+
+    @property
+    def forward_pass(self) -> int:
+        """The number, from 1, of the forward pass that is on its way through our wrapper; 0 where none is."""
+        return self._sampling.passes if self._sampling is not None and self._sampling.inside else 0
+
+    def record_so_far(self) -> Record | None:
+        """Of the run that goes on, or else of the latest, with what it found."""
+        if self._sampling is not None and self._sampling.tap is not None:
+            self._finish(self._sampling)
+        return self.last
 
     # What they share.
 
@@ -332,7 +393,8 @@ class Attachment:
         missing = 0
         for name, group in sampling.groups.items():
             if self._is_steered(name) and any(cond["uuid"] in sampling.passed for cond in group):
-                missing += sum(_is_due(c, timestep) and c["uuid"] not in sampling.passed for c in group)
+                left_out = [cond for cond in group if cond["uuid"] not in sampling.passed]
+                missing += sum(_is_due(cond, timestep) for cond in left_out)  # only these: it may wait
         if planned == 0:
             why = (
                 "its range of timesteps ends before, or a node left it out"
@@ -378,6 +440,8 @@ class Sampling:
     def __init__(self, record: Record, others: tuple[str, ...]):
         self.record, self.others, self.thread = record, others, threading.get_ident()
         self.tap: Tap | None = None  # once its buffers are made
+        self.guider: Any = None
+        self.levels = torch.zeros(0)  # the noise levels that the sampler was given
         self.groups: dict[str, list[dict]] = {}  # the guider's conditionings by name
         self.sigmas = torch.zeros(1)  # by evaluation, on the device
         # of one evaluation
@@ -385,6 +449,7 @@ class Sampling:
         self.passed: set[object] = set()  # conditionings that went through the model
         # of one forward pass
         self.inside = False  # it is on its way through our wrapper
+        self.passes = 0  # its number
         self.rows: list[slice] = []
         self.tokens = 0
         self.text_tokens: int | None = None

@@ -15,24 +15,35 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ...safedig_core.chain import Chain
-from ...safedig_core.dictionary.dictionary import Action, Dictionary, check
+from ...safedig_core import __version__
+from ...safedig_core.chain import Chain, tune_again
+from ...safedig_core.dictionary.dictionary import Action, Dictionary, check, read_card, save_with_card
 from ...safedig_core.distributed import Group
-from ...safedig_core.files import clear_parts, replacing, sha256_of
+from ...safedig_core.files import clear_parts, digest, replacing, sha256_of
 from ...safedig_core.pocket.text import WIDTH as POCKET_WIDTH
-from ...safedig_core.prompts import SAFE, PromptPair, read_prompts
+from ...safedig_core.prompts import SAFE, PromptPair, fingerprint, read_prompts
 from ...safedig_core.recipe import Credits, Recipe
 from ...safedig_core.routing import Route, Scores, route
 from ...safedig_core.store.capture import capture
 from ...safedig_core.store.settings import StoreSettings
 from ...safedig_core.store.store import ActivationStore, ActivationWriter
-from .host import ComfyHost, Conditioning
-from .workspace import Need, Progress, free_disk, free_memory, plain_name, require_room, training_device
+from .host import ComfyHost, Conditioning, SamplerSettings
+from .workspace import (
+    Need,
+    Progress,
+    free_disk,
+    free_memory,
+    plain_name,
+    require_room,
+    subfolder,
+    training_device,
+)
 
 FEWER = "Choose fewer positions, steps or tokens per image."
 CORE = Path(__file__).parents[2] / "safedig_core"
@@ -52,7 +63,7 @@ class Captured:
 
     @property
     def store(self) -> ActivationStore:
-        return ActivationStore(self.folder / "activations")
+        return ActivationStore(subfolder(self.folder, "activations"))
 
     @property
     def usual(self) -> list[PromptPair]:
@@ -85,9 +96,7 @@ def capture_into(
     Raises ValueError (StoreError) where the folder has activations of other settings, where a
     prompt can't be encoded, and where disk or memory are too small.
     """
-    store = folder / "activations"
-    if store.is_dir() and not any(store.glob("shard-*")):
-        (store / "store.json").unlink(missing_ok=True)  # nothing was captured: other settings may come
+    store = subfolder(folder, "activations")
     writer = ActivationWriter.open(store, settings, host.tokens())
     missing = [writer.groups()[group] for group in writer.missing()]
     texts = texts_of([settings.prompts[pair] for group in missing for pair in group])
@@ -196,7 +205,7 @@ class Making:
             device = training_device(self.captured.host.device, needs.device)
             chain = replace(chain, processes=Group(device=device))
         with self._work():
-            chain.train(path, source, positions, folder / "checkpoints")
+            chain.train(path, source, positions, subfolder(folder, "checkpoints"))
         return Dictionary.open(path), estimate
 
     def adapt(self, dictionary: Dictionary, domain: str, source: str) -> Dictionary:
@@ -224,7 +233,7 @@ class Making:
     def _path(self, chain: Chain, domain: str, *what: object) -> Path:
         """Of the finished file: its name stands for its settings."""
         name = f"{domain}-{chain.identity(domain, *what)[:16]}.safetensors"
-        return self.captured.folder / "dictionaries" / name
+        return subfolder(self.captured.folder, "dictionaries") / name
 
     @contextmanager
     def _work(self) -> Iterator[None]:
@@ -234,6 +243,65 @@ class Making:
                 yield
         finally:
             self.captured.host.forget()
+
+
+def sampled_host(
+    given: dict[str, Any],
+    pairs: Sequence[PromptPair],
+    conditioning: Sequence[Conditioning] | None,
+    negative: Sequence[Conditioning] | None,
+    progress: Progress,
+) -> ComfyHost:
+    """What a node's own widgets say how to sample `pairs` with. Encoded prompts, one per text of all of them,
+    take the place of the CLIP. Raises ValueError where that can't fit."""
+    names = ("steps", "cfg", "sampler", "scheduler", "width", "height", "negative_prompt")
+    clip = given.get("clip") if conditioning is None else None
+    host = ComfyHost(given["model"], clip, SamplerSettings(*(given[n] for n in names)), given["batch"])
+    if conditioning is not None:
+        host.prepare(texts_of(pairs), conditioning, None if negative is None else negative[0])
+    device, total = host.memory(given["batch"])
+    less = "Choose a smaller batch, or smaller pictures."
+    require_room([Need("memory of the model's device", device, total, less)], progress)
+    return host
+
+
+def retune(
+    folder: Path,
+    host: ComfyHost,
+    dictionary: Dictionary,
+    domain: str,
+    pairs: Sequence[PromptPair],
+    recipe: Recipe,
+    progress: Progress,
+) -> tuple[Dictionary, str]:
+    """`dictionary` with the strengths for one domain tuned on `pairs`, and what was tried. What is finished
+    already is taken up. Adapters of a dictionary that changes are written anew, for the new file.
+
+    Raises ValueError for an unknown domain, and where nothing helps.
+    """
+    dictionary.check_fits(host.architecture)
+    if domain not in dictionary.card.domains:
+        there = ", ".join(dictionary.card.domains)
+        raise ValueError(f"{dictionary.path.name} has no domain '{domain[:60]}', only {there}.")
+    files = {"": dictionary.path, **dictionary.adapter_paths}
+    changed = domain if domain in dictionary.adapter_paths else ""
+    what = [dictionary.sha256, dictionary.adapter_sha256, domain, fingerprint(pairs), asdict(recipe)]
+    stamp = digest(*what, host.name, host.sampler, __version__)[:16]
+    made = subfolder(folder, "dictionaries") / f"{domain}-tuned-{stamp}.safetensors"
+    if not made.exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        card, _ = tune_again(host, dictionary, domain, pairs, recipe, progress)
+        save_with_card(made, card, files[changed])
+    files[changed] = made
+    base = Dictionary.open(files.pop(""))
+    if not changed:
+        for name, path in files.items():
+            files[name] = made.with_name(f"{name}-of-{made.name}")
+            save_with_card(files[name], replace(read_card(path), base_sha256=base.sha256), path)
+    training = read_card(made).training
+    lines = [f"recovers {training['recovery']:.2f}"]
+    lines += [f"{reached:.3f}  {what}" for what, reached in training["tried"]]
+    return base.with_adapters(*files.values()), "\n".join(lines)
 
 
 def save(folder: Path, name: str, dictionary: Dictionary, overwrite: bool) -> list[Path]:

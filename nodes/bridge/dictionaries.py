@@ -1,25 +1,36 @@
 """Where dictionaries come from: files of models/safedig, files that ship with the pack, the Hub.
 
-Nothing here imports huggingface_hub or asks the network until a node runs.
+Nothing here imports huggingface_hub or asks the network until a node runs. What the web page asks for is
+read one after the other in a thread of its own: memory stays that of one file, and ComfyUI goes on.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ...safedig_core.files import RESERVED, identity, is_plain, is_text
 from ...safedig_core.hub import transfer as hub
-from ...safedig_core.hub.index import PACK, REPO, Entry, Reference, catalogue
+from ...safedig_core.hub.index import PACK, PACK_INDEX, REPO, Entry, Reference, catalogue
 from .ledger import remind
+from .page import MODELS, model_of
 
 FOLDER = "safedig"
 DOWNLOADS = "hub"  # inside of models/safedig
+POLICY = "policy.json"  # the operator's, which is no index
 NONE_YET = "(put .safetensors files into models/safedig)"
 
 Source = Path | Entry | Reference  # a file of the user's, an entry of an index, or a place on the Hub
+T = TypeVar("T")
+
+_reader = ThreadPoolExecutor(1, "safedig")
 
 
 def register() -> None:
@@ -35,15 +46,22 @@ def register() -> None:
 
     @PromptServer.instance.routes.get("/safedig/card")
     async def card(request: web.Request) -> web.Response:
-        try:
-            name, reference = (request.query.get(key, "") for key in ("dictionary", "reference"))
-            return web.json_response(summary(find(name, reference)))
-        except ValueError as error:
-            return web.json_response({"error": str(error)})
+        name, reference = (request.query.get(key, "") for key in ("dictionary", "reference"))
+        return web.json_response(await _read(lambda: shown(name, reference)))
+
+    @PromptServer.instance.routes.get("/safedig/model")
+    async def model(request: web.Request) -> web.Response:
+        folder, file = (request.query.get(key, "") for key in ("folder", "file"))
+        found = await _read(lambda: model_of(folder, file)) if folder in MODELS else ""
+        return web.json_response({"model": found})
 
     @PromptServer.instance.routes.get("/safedig/list")
     async def everything(request: web.Request) -> web.Response:
-        return web.json_response([listed(name, find(name)) for name in choices() if name != NONE_YET])
+        return web.json_response(await _read(lines))
+
+
+async def _read(work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(_reader, work)
 
 
 def downloads() -> Path:
@@ -52,27 +70,68 @@ def downloads() -> Path:
     return Path(folder_paths.models_dir) / FOLDER / DOWNLOADS
 
 
-def entries() -> tuple[dict[str, Entry], list[str]]:
-    """By id, with the faults of index files (*.json) that users put into models/safedig."""
+def folders() -> list[Path]:
     import folder_paths
 
-    folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
-    return catalogue(path for folder in folders for path in sorted(folder.glob("*.json")))
+    return [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
+
+
+def files() -> dict[str, Path]:
+    """The dictionaries in models/safedig by name, which is a path inside of it.
+
+    Left out is what is no plain file (links, pipes, devices), and what has a name that hides, is a device's
+    on Windows, or would deceive a reader. The folder itself may be a link.
+    """
+    found: dict[str, Path] = {}
+    for root in folders():
+        for where, inside, names in os.walk(root):
+            folder = Path(where)
+            inside[:] = [n for n in inside if _is_shown(n) and not (folder == root and n == DOWNLOADS)]
+            for path in (folder / name for name in names if _is_shown(name)):
+                if path.suffix.lower() == ".safetensors" and is_plain(path):
+                    found.setdefault(str(path.relative_to(root)), path)
+    return dict(sorted(found.items()))
+
+
+def _is_shown(name: str) -> bool:
+    return not name.startswith(".") and is_text(name) and not RESERVED.fullmatch(name)
+
+
+def entries() -> tuple[dict[str, Entry], list[str]]:
+    """By id, with the faults of index files (*.json) that users put into models/safedig."""
+    further = [path for folder in folders() for path in sorted(folder.glob("*.json"))]
+    states = []
+    for path in (PACK_INDEX, *(p for p in further if p.name != POLICY and is_plain(p))):
+        with suppress(OSError):  # gone meanwhile
+            states.append((path, identity(path.stat())))
+    known, faults = _entries(tuple(states))
+    return known, [without_paths(fault) for fault in faults]
+
+
+@lru_cache(1)
+def _entries(states: tuple[tuple[Path, object], ...]) -> tuple[dict[str, Entry], list[str]]:
+    return catalogue(path for path, _ in states if path != PACK_INDEX)
+
+
+def without_paths(text: object) -> str:
+    """A message for whoever asks over the network, to whom folders of this machine are no business."""
+    said = str(text)
+    for folder in (*folders(), PACK):
+        said = said.replace(f"{folder}{os.sep}", "")
+    return said
 
 
 def choices() -> list[str]:
     """Names to choose by. They are saved in workflows, so a name must not change with the state of a file."""
-    import folder_paths
+    return [*files(), *map(_choice, entries()[0].values())] or [NONE_YET]
 
-    local = [n for n in folder_paths.get_filename_list(FOLDER) if n.split(os.sep)[0] != DOWNLOADS]
-    known = [f"{entry.id} ({'bundled' if entry.file else 'hub'})" for entry in entries()[0].values()]
-    return [*local, *known] or [NONE_YET]
+
+def _choice(entry: Entry) -> str:
+    return f"{entry.id} ({'bundled' if entry.file else 'hub'})"
 
 
 def find(name: str, reference: str = "") -> Source:
     """What a workflow means: a reference, where there is one, decides. Raises ValueError."""
-    import folder_paths
-
     if reference.strip():
         if REPO.fullmatch(reference.strip()):
             raise ValueError(
@@ -83,25 +142,20 @@ def find(name: str, reference: str = "") -> Source:
     if name == NONE_YET:
         raise ValueError("There is no dictionary yet: put .safetensors files into models/safedig.")
     known, faults = entries()
-    entry = known.get(re.sub(r" \((bundled|hub)\)$", "", name))
-    if entry is not None:
-        return entry
-    path = folder_paths.get_full_path(FOLDER, name)
-    if path is None:
-        lines = [
+    found = known.get(re.sub(r" \((bundled|hub)\)$", "", name)) or files().get(name)
+    if found is None:
+        said = (
             f"There is no dictionary '{name:.200}' in models/safedig or in an index: choose another, put it "
-            "there, or paste its safedig:// reference.",
-            *faults,
-        ]
-        raise ValueError("\n".join(lines))
-    return Path(path)
+            "there (itself, not a link to it), or paste its safedig:// reference."
+        )
+        raise ValueError("\n".join([said, *faults]))
+    return found
 
 
 def fingerprint(source: Source) -> str:
     """Changes when another file would be loaded."""
     if isinstance(source, Path):
-        stat = source.stat()
-        return f"{source} {stat.st_size} {stat.st_mtime_ns}"
+        return f"{source} {identity(source.stat())}"
     return source.sha256
 
 
@@ -128,6 +182,24 @@ def _progress() -> Callable[[str, int, int], None]:
         bar.update_absolute(done, total)
 
     return report
+
+
+def lines() -> list[dict[str, Any]]:
+    """The list that the web page shows."""
+    sources: dict[str, Source] = {**files(), **{_choice(entry): entry for entry in entries()[0].values()}}
+    found = []
+    for name, source in sources.items():
+        with suppress(OSError):  # gone meanwhile
+            found.append(listed(name, source))
+    return found
+
+
+def shown(name: str, reference: str = "") -> dict[str, Any]:
+    """The summary that the web page shows, or the `error` in its place."""
+    try:
+        return summary(find(name, reference))
+    except (ValueError, OSError) as error:
+        return {"error": without_paths(error)}
 
 
 def listed(name: str, source: Source) -> dict[str, Any]:
@@ -162,7 +234,7 @@ def summary(source: Source) -> dict[str, Any]:
             "measured": entry.safety.headline if entry.safety else "not measured",
         }
     path = _place(source)
-    if path.is_file() and not found.get("base"):  # an adapter shows its plan with its dictionary only
+    if is_plain(path) and not found.get("base"):  # an adapter shows its plan with its dictionary only
         found |= {"size": path.stat().st_size} | _card(path)
     return found
 
@@ -183,11 +255,14 @@ def _card(path: Path) -> dict[str, Any]:
     architecture = card.architecture
     return {
         "title": card.title,
+        "family": architecture.traits.title,
         "model": architecture.describe(),
         "domains": list(card.domains),
         "positions": {p: architecture.group(p) for p in architecture.positions() if p in card.positions},
         "all_positions": list(architecture.positions()),
         "plan": [[action.position, action.operator, action.strength] for action in card.plan],
+        "scores": {a.position: a.score["score"] for a in card.plan if "score" in a.score},
+        "witnesses": {name: list(d.gate.witnesses) for name, d in card.domains.items() if d.gate},
         "licence": card.licence["weights"],
         "creator": card.creator,
     }

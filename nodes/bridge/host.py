@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,15 +9,16 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ...safedig_core.families import Family
 from ...safedig_core.hosts.host import Tap
 from .attachment import attach_tap
-from .models import SAMPLERS, architecture_of
+from .models import SAMPLERS, architecture_of, checkpoint_of, fingerprint
 
-CLIP_END, T5_PADDING = 49407, 0  # token ids
-LATENT_PIXELS, PATCH = 8, 2  # pixels a latent is wide; latents a token is wide, in both families
+CLIP_END = 49407  # token id
+UNREAD = "attention_mask"  # of a conditioning: no family reads it without the size of a picture beside it
 
 Conditioning = list[list[Any]]  # ComfyUI's: [[sequence [1, T, d], {"pooled_output": [1, p], ...}], ...]
 
@@ -41,7 +41,7 @@ class Encoded:
     """One encoded prompt; `extra` holds what else its conditioning says, such as FLUX's guidance."""
 
     sequence: Tensor  # [1, T, d]
-    pooled: Tensor  # [1, p]
+    pooled: Tensor  # [1, p]; p is 0 for a model that takes no vector
     extra: dict[str, Any]
 
 
@@ -85,14 +85,17 @@ class ComfyHost:
         from comfy.samplers import KSampler
 
         self.architecture = architecture_of(model)
+        self._family = self.architecture.traits
         self.name = f"{self.architecture.family} {fingerprint(model)}"
+        self.checkpoint = checkpoint_of(model)
         self.steps, self.settings, self.batch = settings.steps, settings, batch
         self.device: torch.device = model.load_device
         self._held_model = Held(model, "model")
         self._held_clip = None if clip is None else Held(clip, "CLIP")
         self._format = model.get_model_object("latent_format")
         self._encoded: dict[str, Encoded] = {}
-        self._given: dict[str, tuple[Held, Held, dict[str, Any]]] = {}  # sequence, pooled and the rest
+        # sequence, pooled where there is one, and the rest
+        self._given: dict[str, tuple[Held, Held | None, dict[str, Any]]] = {}
         self._first: tuple[int, dict[str, Any]] = 0, {}  # tokens and settings of the first prompt encoded
         names = {"sampler": settings.sampler, "scheduler": settings.scheduler, "denoise": 1.0}
         self._sigmas: Tensor = KSampler(model, settings.steps, model.load_device, **names).sigmas
@@ -111,7 +114,7 @@ class ComfyHost:
         if self._held_clip is not None:
             yield self._held_clip
         for sequence, pooled, _ in self._given.values():
-            yield from (sequence, pooled)
+            yield from (sequence, *([pooled] if pooled else []))
 
     def forget(self) -> None:
         """Lets go of encoded prompts, which are encoded again when they are needed."""
@@ -120,14 +123,14 @@ class ComfyHost:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, rows and columns of a latent."""
-        s = self.settings
-        return self._format.latent_channels, s.height // LATENT_PIXELS, s.width // LATENT_PIXELS
+        s, family = self.settings, self._family
+        return family.channels, s.height // family.pixels, s.width // family.pixels
 
     def tokens(self) -> dict[str, int]:
         """Sequence lengths by position, once a prompt has been prepared."""
         _, rows, columns = self.latent_shape
         text, _ = self._first
-        image = (rows // PATCH) * (columns // PATCH)
+        image = (rows // self._family.patch) * (columns // self._family.patch)
         found = {p: image if p.endswith("img") else text for p in self.architecture.positions()}
         return found | ({"pooled": 1} if "pooled" in found else {})
 
@@ -137,7 +140,7 @@ class ComfyHost:
         clip = None if self._held_clip is None else self._held_clip()
         if clip is None:
             return [[str(i) for i in range(self._first[0])] for _ in prompts]
-        return [_names(clip.tokenize(prompt), self.architecture.family) for prompt in prompts]
+        return [_names(clip.tokenize(prompt), self._family) for prompt in prompts]
 
     def memory(self, images: int) -> tuple[float, float]:
         """Bytes that sampling so many images takes on the model's device, and all that it has. Weights
@@ -155,7 +158,7 @@ class ComfyHost:
             "steps": s.steps,
             "cfg": s.cfg,
             "sampler": s.sampler,
-            "sigmas": " ".join(f"{sigma:.4g}" for sigma in self._sigmas.tolist()),
+            "sigmas": levels_of(self._sigmas),
             "width": s.width,
             "height": s.height,
             "negative": s.negative,
@@ -210,25 +213,56 @@ class ComfyHost:
             if length != usual:
                 raise ValueError(
                     f"'{prompt[:60]}' has {length} text tokens where others have {usual}, and activations "
-                    "pair up token by token: shorten it."
+                    "pair up token by token: shorten it, or pad all prompts to one length "
+                    "(T5TokenizerOptions)."
                 )
 
     def _take(self, prompt: str, conditioning: Conditioning, what: str) -> None:
-        sequence, pooled, extra = _parts(conditioning, what)
-        self._given[prompt] = Held(sequence, "conditioning"), Held(pooled, "conditioning"), extra
+        sequence, pooled, extra = self._parts(conditioning, what)
+        vector = None if pooled is None else Held(pooled, "conditioning")
+        self._given[prompt] = Held(sequence, "conditioning"), vector, extra
 
     def _encode(self, prompt: str) -> Encoded:
         if prompt in self._given:
             sequence, pooled, extra = self._given[prompt]
-            return Encoded(sequence().cpu(), pooled().cpu(), extra)
+            return self._encoded_as(sequence(), pooled and pooled(), extra)
         if self._held_clip is None:
             raise ValueError(
                 f"Nothing tells how to encode '{prompt[:60]}': connect a CLIP, or conditionings of the "
                 "texts and, with a cfg other than 1, a negative one."
             )
         clip = self._held_clip()
-        sequence, pooled, extra = _parts(clip.encode_from_tokens_scheduled(clip.tokenize(prompt)), prompt)
-        return Encoded(sequence.cpu(), pooled.cpu(), extra)
+        return self._encoded_as(
+            *self._parts(clip.encode_from_tokens_scheduled(clip.tokenize(prompt)), prompt)
+        )
+
+    def _encoded_as(self, sequence: Tensor, pooled: Tensor | None, extra: dict[str, Any]) -> Encoded:
+        """On the CPU, with the zeros in front that the model would put there."""
+        sequence, lacking = sequence.cpu(), self._family.least_tokens - sequence.shape[1]
+        if lacking > 0:
+            sequence = nn.functional.pad(sequence, (0, 0, lacking, 0))
+        return Encoded(sequence, sequence.new_zeros(1, 0) if pooled is None else pooled.cpu(), extra)
+
+    def _parts(self, conditioning: Conditioning, prompt: str) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+        """Sequence, pooled vector, if the model takes one, and the rest. Raises ValueError on anything but
+        one plain encoded prompt."""
+        if len(conditioning) != 1:
+            raise ValueError(
+                f"The conditioning of '{prompt[:60]}' is made of {len(conditioning)}: activations are "
+                "captured of one prompt at a time."
+            )
+        sequence, said = conditioning[0]
+        extra = {k: v for k, v in said.items() if k not in ("pooled_output", UNREAD)}
+        for name, value in extra.items():
+            if not isinstance(value, (int, float, str)):
+                raise ValueError(f"The conditioning of '{prompt[:60]}' has a {name}: encode plain text only.")
+        if not self.architecture.pooled_width:
+            return sequence, None, extra
+        if said.get("pooled_output") is None:
+            raise ValueError(
+                f"The conditioning of '{prompt[:60]}' lacks a pooled output: use the model's CLIP."
+            )
+        return sequence, said["pooled_output"], extra
 
     def text_states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """What `text` and `pooled` see: [B, T, d], of longer prompts too and then with zeros behind the
@@ -313,77 +347,41 @@ class ComfyHost:
         for prompt, part in zip(prompts, parts, strict=True):
             if part.extra != parts[0].extra:
                 raise ValueError(f"'{prompt[:60]}' was encoded with other settings than other prompts.")
-        pooled = torch.cat([part.pooled for part in parts])
+        pooled = torch.cat([part.pooled for part in parts]) if self.architecture.pooled_width else None
         return [[torch.cat([p.sequence for p in parts]), parts[0].extra | {"pooled_output": pooled}]]
 
     def _noise(self, seeds: Sequence[int]) -> Tensor:
         """[B, C, h, w]: each image's depends on its seed alone. Drawn token by token, as FLUX packs its
         latents: the same noise as that of a host outside ComfyUI."""
-        channels, rows, columns = self.latent_shape
-        shape = (rows // PATCH) * (columns // PATCH), channels * PATCH**2
+        (channels, rows, columns), patch = self.latent_shape, self._family.patch
+        shape = (rows // patch) * (columns // patch), channels * patch**2
         tokens = torch.stack(
             [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         )
         pattern = "b (h w) (c p q) -> b c (h p) (w q)"
-        return rearrange(tokens, pattern, h=rows // PATCH, p=PATCH, q=PATCH)
+        return rearrange(tokens, pattern, h=rows // patch, p=patch, q=patch)
 
 
-def _parts(conditioning: Conditioning, prompt: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Sequence, pooled vector and the rest. Raises ValueError on anything but one plain encoded prompt."""
-    if len(conditioning) != 1:
-        raise ValueError(
-            f"The conditioning of '{prompt[:60]}' is made of {len(conditioning)}: activations are captured "
-            "of one prompt at a time."
-        )
-    sequence, said = conditioning[0]
-    extra = {k: v for k, v in said.items() if k != "pooled_output"}
-    for name, value in extra.items():
-        if not isinstance(value, (int, float, str)):
-            raise ValueError(f"The conditioning of '{prompt[:60]}' has a {name}: encode plain text only.")
-    if said.get("pooled_output") is None:
-        raise ValueError(f"The conditioning of '{prompt[:60]}' lacks a pooled output: use the model's CLIP.")
-    return sequence, said["pooled_output"], extra
-
-
-def _names(tokens: Any, family: str) -> list[str]:
-    """What CLIP.tokenize gives, as names: FLUX reads T5's tokens, SD3.5 CLIP's and then T5's."""
+def _names(tokens: Any, family: Family) -> list[str]:
+    """What CLIP.tokenize gives, as names: SD3.5 reads CLIP's tokens and then T5's, others one encoder's;
+    zeros that are put in front are padding too."""
     found: list[str] = []
     for name, batches in tokens.items():
         ids = [entry[0] for batch in batches for entry in batch]
-        if name == "l" and family == "sd3":  # as long as g's, beside which it stands
+        if name == "l" and family.clip_first:  # as long as g's, beside which it stands
             end = next((i for i, token in enumerate(ids) if token == CLIP_END), len(ids))
             found = [f"l{token}" if i < end else "" for i, token in enumerate(ids)] + found
         elif name not in ("l", "g"):
-            found += [str(token) if token != T5_PADDING else "" for token in ids]
-    return found
+            found += [str(token) if token != family.padding else "" for token in ids]
+    return [""] * max(0, family.least_tokens - len(found)) + found
+
+
+def levels_of(sigmas: Tensor) -> str:
+    """Noise levels as captures and calibrations name them."""
+    return " ".join(f"{sigma:.4g}" for sigma in sigmas.tolist())
 
 
 def _stop_if_interrupted(*step: Any) -> None:
     from comfy.model_management import throw_exception_if_processing_interrupted
 
     throw_exception_if_processing_interrupted()
-
-
-def fingerprint(model: Any) -> str:
-    """Tells a ModelPatcher from others of the same shapes: 16 hex digits over some numbers of each of
-    its weights, as they were before patching, and of what is patched into them (LoRA)."""
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            some = value.detach().flatten()[:: max(1, value.numel() // 16)]
-            digest.update(some.float().cpu().numpy().tobytes())
-        elif isinstance(value, (list, tuple)):
-            for entry in value:
-                add(entry)
-        elif isinstance(value, (int, float, str)):
-            digest.update(repr(value).encode())
-        elif hasattr(value, "weights"):  # a LoRA and its like
-            add(value.weights)
-
-    for name, weight in model.model.named_parameters():
-        saved = model.backup.get(name)
-        add((name, weight if saved is None else saved.weight))
-    for name, patches in model.patches.items():
-        add((str(name), patches))
-    return digest.hexdigest()[:16]

@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from ...safedig_core.dictionary.dictionary import Dictionary
 from ...safedig_core.hosts.host import Tap
+from ...safedig_core.steering.calibration import Calibration, InForce, beside, in_force
 from ...safedig_core.steering.site import Site
-from ...safedig_core.steering.steering import Run, Steering
+from ...safedig_core.steering.steering import RiskFound, Run, Steering
 from .attachment import KEY, Attachment, Sampling, with_wrappers
+from .host import levels_of
 from .ledger import LEDGER, Record
-from .models import architecture_of, managed
+from .models import architecture_of, checkpoint_of, fingerprint, managed
+from .page import tell_page
 
 
 def attach(
@@ -25,14 +31,16 @@ def attach(
     policy: str = "block",
     name: str = "Apply Blend/Repel Steering",
     key: str | None = None,
+    node: str = "",
 ) -> tuple[Any, SteeringAttachment]:
     """A clone of `model` that `steering` acts in, and what tells how that went.
 
-    `key` stands for the node in the ledger: without one, nothing but the attachment finds its runs.
+    `key` stands for the node in the ledger: without one, nothing but the attachment finds its runs. `node` is
+    its number, for ComfyUI's page.
     Raises ValueError (DictionaryError) where the dictionary doesn't fit the model.
     """
     steering.dictionary.check_fits(architecture_of(model))
-    attachment = SteeringAttachment(steering, key or uuid.uuid4().hex, model, branch, policy, name)
+    attachment = SteeringAttachment(steering, key or uuid.uuid4().hex, node, model, branch, policy, name)
     clone = with_wrappers(model, attachment)
     others = clone.get_additional_models_with_key(KEY)  # of Apply nodes before this one
     clone.set_additional_models(KEY, [*others, attachment.weights])
@@ -45,17 +53,36 @@ class SteeringAttachment(Attachment):
     purpose = "steered"
     remedy = "Remove what skips or replaces parts of the model, or set the policy to 'warn'."
 
-    def __init__(self, steering: Steering, key: str, *args: Any):
+    def __init__(self, steering: Steering, key: str, node: str, *args: Any):
         super().__init__(steering.positions, *args)
-        self.steering, self.key = steering, key
+        self.steering, self.key, self.node = steering, key, node
+        self._in_force = InForce()  # of the run that goes on
+        self._other_checkpoint = ""
         # held here: ComfyUI takes weights that outlive their patcher for a leak
         self.weights = managed(SteeringWeights(steering.sites))
+
+    def calibrations(self) -> list[Calibration]:
+        """Those that a run may choose from. Raises CalibrationError."""
+        return beside(self.steering.dictionary)
+
+    def guard(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().guard(*args, **kwargs)
+        except RiskFound as found:
+            tell_page(self.node, found)
+            raise
 
     def _file(self, record: Record) -> None:
         LEDGER.begin(self.key, record)
 
     def _begin(self, noise: Tensor, record: Record, room: int) -> Tap:
-        run = self.steering.run(self.weights.model.sites)
+        sampling, dictionary = self._sampling, self.steering.dictionary
+        assert sampling is not None
+        size = [n * self.architecture.traits.pixels for n in noise.shape[-2:]]
+        fits = partial(_is_sampled, sampling=sampling, size=size)
+        self._in_force = in_force(dictionary, self.calibrations(), fits)
+        self._other_checkpoint = _other_checkpoint(dictionary, sampling.guider.model_patcher)
+        run = self.steering.run(self.weights.model.sites, self._in_force.thresholds)
         run.begin(len(noise), room, noise.device, math.prod(record.grid))
         return run
 
@@ -74,8 +101,32 @@ class SteeringAttachment(Attachment):
             "calls_planned": record.planned,
             "sigmas": sampling.sigmas[:count].tolist(),
             "evidence": run.history[:count].tolist(),
+            "calibration": asdict(self._in_force),
+            "checkpoint": self._other_checkpoint,
         }
         record.map = run.map.cpu()
+
+
+def _other_checkpoint(dictionary: Dictionary, model: Any) -> str:
+    """In words, how the model is another than the one that the dictionary was made on; empty where it is
+    that one, or the card names none."""
+    made_on = dictionary.card.training.get("checkpoint")
+    if type(made_on) is not str or not made_on or (found := checkpoint_of(model)) == made_on:
+        return ""
+    same = found.partition("+")[0] == made_on.partition("+")[0]
+    what = "with other patches (LoRA)" if same else "on another checkpoint, fine-tune or quantisation"
+    return f"the dictionary was made {what}: {made_on:.25}, and this model is {found}"
+
+
+def _is_sampled(variant: Mapping[str, Any], sampling: Sampling, size: list[int]) -> bool:
+    """Whether a calibration's variant is what is being sampled: the same noise levels, height and width in
+    pixels, and guidance, of a model with the same weights and patches."""
+    guider, (height, width) = sampling.guider, size
+    now = {"sigmas": levels_of(sampling.levels), "cfg": getattr(guider, "cfg", 1.0)}
+    now |= {"width": width, "height": height}
+    if any(variant.get(name) != value for name, value in now.items()):
+        return False
+    return str(variant.get("model")).rpartition(" ")[2] == fingerprint(guider.model_patcher)
 
 
 class SteeringWeights(nn.Module):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ...safedig_core.files import RESERVED
 
 log = logging.getLogger("safedig")
 
@@ -22,6 +25,8 @@ def plain_name(name: str, what: str) -> str:
         raise ValueError(
             f"'{name[:60]}' can't be the name of {what}: use up to 64 letters, digits, spaces, - _ and dots."
         )
+    if RESERVED.fullmatch(name):
+        raise ValueError(f"'{name}' can't be the name of {what}: on Windows it is a device. Add a letter.")
     return name
 
 
@@ -35,6 +40,15 @@ def run_folder(name: str) -> Path:
     if folder.resolve().parent != root.resolve():
         raise ValueError(f"{folder} is a link that leads elsewhere: choose another name, or remove it.")
     return folder
+
+
+def subfolder(folder: Path, name: str) -> Path:
+    """A folder in that of a run. Raises ValueError where a link leads elsewhere, or no folder is there."""
+    path = folder / name
+    inside = path.resolve() == folder.resolve() / name and (path.is_dir() or not os.path.lexists(path))
+    if not inside or (path.is_dir() and any(entry.is_symlink() for entry in path.iterdir())):
+        raise ValueError(f"{path} must be a folder without links: remove it, or choose another name.")
+    return path
 
 
 class Progress:

@@ -124,6 +124,10 @@ class FullSizeHost:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    @property
+    def checkpoint(self) -> str:
+        return ""  # its weights are random
+
     def prompt_tokens(self, prompts: Sequence[str]) -> list[list[str]]:
         return [prompt.split()[: self.words] for prompt in prompts]
 

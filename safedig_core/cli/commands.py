@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..chain import Chain, candidates, require_name
-from ..dictionary.card import Card, card_text
+from ..chain import Chain, require_name, tune_again
+from ..dictionary.card import card_text
 from ..dictionary.dictionary import Dictionary, check, read_card, save_with_card
+from ..evaluate import evaluate_on, judged_by, table
+from ..evaluators import panel_of
+from ..families import FAMILIES
 from ..files import sha256_of
 from ..hub.transfer import locate
 from ..interop.convert import export_saelens, import_saes, save_imported
+from ..make import QUICK, WHOLE, Counts, Order, Sets, dealt, make, require_loadable, taken
 from ..positions import Architecture
 from ..progress import Progress
 from ..prompt_pairs.safe_prompts import FOLDER as PROMPT_PAIRS
-from ..prompts import PromptPair, read_prompts
+from ..prompts import PromptPair, read_evaluation, read_prompts
 from ..recipe import Credits, Recipe
-from ..routing import Scores, chosen, route, route_table, scored
-from ..steering.gate import calibrate
+from ..routing import chosen, route, route_table, scored
+from ..steering.calibration import calibrate_on, safe_prompts, save_beside
 from ..store.capture import capture, store_settings
 from ..store.store import ActivationStore, ActivationWriter
-from ..tuning import tune
 
 if TYPE_CHECKING:  # diffusers: only where a model is loaded
     from ..hosts.host import Host
@@ -31,18 +36,22 @@ if TYPE_CHECKING:  # diffusers: only where a model is loaded
     from ..pocket.model import PocketModel
 
 FULL_SIZE = "diffusers:"
-POOLED_WIDTH = {"flux": 768, "sd3": 2048}  # of FLUX.1 and SD3.5
+POCKET_PROMPTS = Path(__file__).parents[1] / "pocket" / "prompts"
 
 
-def load_model(o: argparse.Namespace) -> PocketModel | PipelineHost:
-    """A pocket model, or one of full size."""
-    if not o.model.startswith(FULL_SIZE):
+def is_full_size(model: str) -> bool:
+    return model.startswith(FULL_SIZE)
+
+
+def load_model(o: argparse.Namespace, gpu: float | None = None) -> PocketModel | PipelineHost:
+    """A pocket model, or one of full size, which may take `gpu` bytes of the GPU's memory (None: all)."""
+    if not is_full_size(o.model):
         from ..pocket.model import load_pocket
 
         return load_pocket(o.model)
     from ..hosts.pipeline import load_pipeline
 
-    return load_pipeline(o.model.removeprefix(FULL_SIZE), o.size)
+    return load_pipeline(o.model.removeprefix(FULL_SIZE), o.size, gpu or math.inf)
 
 
 def chain_of(o: argparse.Namespace, store: ActivationStore, progress: Progress) -> Chain:
@@ -80,8 +89,7 @@ def run_capture(o: argparse.Namespace, progress: Progress) -> dict:
             raise ValueError(f"{o.store} must be on a disk that all machines share: it is not on this one")
         writer = ActivationWriter.open(o.store, settings)
     capture(host, writer, lambda done, total: progress("capture", done, total), o.processes)
-    o.processes.wait()
-    size = sum(f.stat().st_size for f in o.store.iterdir())
+    size = sum(f.stat().st_size for f in o.store.glob("shard-*"))
     print(
         f"{o.store}: {len(settings.prompts)} lines at {len(settings.positions)} positions, "
         f"{size / 2**20:.0f} MB"
@@ -125,45 +133,31 @@ def run_adapt(o: argparse.Namespace, progress: Progress) -> dict:
 
 
 def run_tune(o: argparse.Namespace, progress: Progress) -> dict:
-    card, dictionary, name = again(o)
-    pairs = [pair for pair in read_prompts(o.tune) if pair.domain == name]
-    scores: dict[str, Scores] = {}
-    for action in card.plan:
-        scores.setdefault(action.position, {})[action.operator] = action.score
-    choices = candidates(card.domains[name], name, scores, recipe_of(o))
-    tuned = tune(load_model(o), dictionary, choices, pairs, partial(progress, f"tune {name}"))
+    require_name(o.out, o.overwrite)
+    dictionary = Dictionary.open(o.dictionary)
+    if o.adapter:
+        dictionary = dictionary.with_adapters(o.adapter)
+    names = [*read_card(o.adapter or o.dictionary).domains] if o.domain is None else [o.domain]
+    if len(names) != 1 or names[0] not in dictionary.card.domains:
+        raise ValueError(f"name one of its domains with --domain: {', '.join(dictionary.card.domains)}")
+    pairs = read_prompts(o.tune)
+    card, tuned = tune_again(load_model(o), dictionary, names[0], pairs, recipe_of(o), progress)
     for what, reached in tuned.tried:
         print(f"  {reached:6.3f}  {what}")
-    tried = [list(one) for one in tuned.tried]
-    training = card.training | {"recovery": tuned.recovery, "tried": tried}
-    save_with_card(o.out, replace(card, plan=tuned.plan, training=training), o.adapter or o.dictionary)
-    print(
-        f"{o.out}: recovers {tuned.recovery:.2f} of {len(pairs)} pairs; its gate is as it was: calibrate it"
-    )
-    return {"dictionary": str(o.out), "recovery": tuned.recovery, "tried": tried}
+    save_with_card(o.out, card, dictionary.adapter_paths.get(names[0], dictionary.path))
+    print(f"{o.out}: recovers {tuned.recovery:.2f}; its gate is as it was")
+    return {"dictionary": str(o.out), "recovery": tuned.recovery, "tried": card.training["tried"]}
 
 
 def run_calibrate(o: argparse.Namespace, progress: Progress) -> dict:
-    card, dictionary, name = again(o)
-    pairs, report = read_prompts(o.tune), partial(progress, f"calibrate {name}")
-    gate = calibrate(load_model(o), dictionary, name, pairs, o.false_positive_rate, report)
-    domains = card.domains | {name: replace(card.domains[name], gate=gate)}
-    save_with_card(o.out, replace(card, domains=domains), o.adapter or o.dictionary)
-    print(card_text(read_card(o.out)))
-    return {"dictionary": str(o.out), "gate": asdict(gate)}
-
-
-def again(o: argparse.Namespace) -> tuple[Card, Dictionary, str]:
-    """The card of the file that is to be made anew (the adapter, where one is given), its dictionary opened,
-    and its domain."""
-    require_name(o.out, o.overwrite)
-    card, dictionary = read_card(o.adapter or o.dictionary), Dictionary.open(o.dictionary)
-    if o.adapter:
-        dictionary = dictionary.with_adapters(o.adapter)
-    names = [*card.domains] if o.domain is None else [o.domain]
-    if len(names) != 1 or names[0] not in card.domains:
-        raise ValueError(f"name one of the file's domains with --domain: {', '.join(card.domains)}")
-    return card, dictionary, names[0]
+    dictionary, prompts = Dictionary.open(o.dictionary).with_adapters(*o.adapter), o.prompts
+    if prompts is None:
+        prompts = PROMPT_PAIRS / "safe.jsonl" if is_full_size(o.model) else POCKET_PROMPTS / "tune.jsonl"
+    pairs, report = safe_prompts(read_prompts(prompts), o.most_prompts), partial(progress, "calibrate")
+    found = calibrate_on(load_model(o), dictionary, pairs, o.false_positive_rate, report)
+    path = save_beside(found, dictionary)
+    print(f"{found}\n{path}: holds for {', '.join(f'{k} {v}' for k, v in found.variant.items())}")
+    return {"calibration": str(path), **asdict(found)}
 
 
 def run_import(o: argparse.Namespace, progress: Progress) -> dict:
@@ -213,7 +207,8 @@ def architecture_of(text: str) -> Architecture:
         )
     first, second, *widths = map(int, counts)
     names = dict(zip(("width", "text_width", "pooled_width"), widths, strict=False))
-    found = {"family": family, "blocks": [first, second], "pooled_width": POOLED_WIDTH.get(family, 0)}
+    usual = FAMILIES[family].pooled_width if family in FAMILIES else 0
+    found = {"family": family, "blocks": [first, second], "pooled_width": usual}
     return Architecture.from_json(found | names)
 
 
@@ -247,19 +242,99 @@ def run_check(o: argparse.Namespace, progress: Progress) -> dict:
 
 
 def run_evaluate(o: argparse.Namespace, progress: Progress) -> dict:
-    from ..pocket.model import load_pocket
-    from ..pocket.study import evaluate_dictionary
-
     dictionary = Dictionary.open(o.dictionary).with_adapters(*o.adapter)
-    return evaluate_dictionary(
-        load_pocket(o.model),
+    prompts = read_evaluation(o.prompts) if o.prompts else None
+    if not (is_full_size(o.model) or o.evaluators):
+        from ..pocket.model import load_pocket
+        from ..pocket.study import evaluate_dictionary
+
+        return evaluate_dictionary(
+            load_pocket(o.model),
+            dictionary,
+            prompts,
+            seed=o.seed,
+            images_per_prompt=o.images_per_prompt,
+            out=o.out,
+            progress=progress,
+        )
+    panel, domains = panel_of(o.evaluators), list(dictionary.card.domains)
+    pairs = sets_of(o.model, domains, WHOLE).evaluate if prompts is None else prompts
+    results = evaluate_on(
+        load_model(o),
         dictionary,
-        read_prompts(o.prompts) if o.prompts else None,
+        pairs,
+        panel,
         seed=o.seed,
         images_per_prompt=o.images_per_prompt,
         out=o.out,
+        unblurred=o.unblurred,
         progress=progress,
     )
+    print(table(results["rows"]), f"judged by: {judged_by(results)}", sep="\n")
+    print(f"gate: {results['calibration']['text']}\nreport: {o.out / 'report.html'}")
+    return results
+
+
+def sets_of(
+    model: str, domains: Sequence[str], counts: Counts, pairs: Sequence[Path] = (), safe: Path | None = None
+) -> Sets:
+    """The prompts for these domains: of the files given, or those that ship for the model's kind."""
+    if not is_full_size(model) and not pairs:
+        found = {n: read_prompts(POCKET_PROMPTS / f"{n}.jsonl") for n in ("train", "tune", "evaluate")}
+        texts = [p for n in ("usual", "vocabulary") for p in read_prompts(POCKET_PROMPTS / f"{n}.jsonl")]
+        return taken(Sets(**found, texts=texts), domains, counts)
+    for name in domains:
+        if not pairs and not (PROMPT_PAIRS / f"{name}.jsonl").is_file():
+            raise ValueError(f"no pairs for '{name:.60}' ship with SafeDIG: give some with --pairs FILE")
+    files = list(pairs or (PROMPT_PAIRS / f"{name}.jsonl" for name in domains))
+    files.append(safe or PROMPT_PAIRS / "safe.jsonl")
+    sets = dealt([pair for file in files for pair in read_prompts(file)], domains, WHOLE)
+    return taken(sets, domains, counts)  # so that fewer are never others
+
+
+def run_make(o: argparse.Namespace, progress: Progress) -> dict:
+    import torch
+
+    full, targets = is_full_size(o.model), o.targets or []
+    sets = sets_of(o.model, [o.source, *targets], QUICK if o.quick else WHOLE, o.pairs or (), o.safe)
+    panel = panel_of(o.evaluators)  # before a model that takes minutes to load
+    gpu = None
+    if torch.cuda.is_available():
+        whole = torch.cuda.mem_get_info()[1]
+        gpu = min(whole, int(o.gpu_memory * 1e9)) if o.gpu_memory else whole
+        torch.cuda.set_per_process_memory_fraction(gpu / whole)
+    o.size = o.size or (512 if o.quick else 1024)
+    folder = Path(o.model.removeprefix(FULL_SIZE))
+    if full and folder.is_dir():
+        require_loadable(folder, gpu or 0)
+    host = load_model(o, gpu)
+    if full and gpu is not None:  # 12 GB for text encoders and blocks, .75 GB for each picture of 1024 x 1024
+        host.batch = max(1, min(host.batch, int((gpu - 12e9) / 0.75e9)))
+    o.blend, o.window = None, None
+    o.repel = 0.0 if o.quick else None
+    if full:  # a pocket model's is Recipe's own
+        for name, usual, few in (("features", 4096, 2048), ("k", 32, 32), ("steps", 2000, 1000)):
+            setattr(o, name, getattr(o, name) or (few if o.quick else usual))
+    order = Order(
+        o.source,
+        targets,
+        sets,
+        o.out,
+        recipe_of(o),
+        credits_of(o),
+        o.positions or (),
+        tokens=o.tokens if o.tokens or not full else 256,
+        pairs_to_route=3 if o.quick else 8,
+        seed=o.seed,
+    )
+    made = make(
+        host, order, panel, progress, unblurred=o.unblurred, overwrite=o.overwrite, device=gpu,
+        processes=o.processes,
+    )  # fmt: skip
+    if made:
+        print(card_text(read_card(Path(made["dictionary"]))))
+        print(table(made["rows"]), f"report: {o.out / 'evaluate' / 'report.html'}", sep="\n")
+    return made
 
 
 def run_demo(o: argparse.Namespace, progress: Progress) -> dict:

@@ -13,9 +13,11 @@ from typing import NoReturn
 
 from .. import __version__, seeds
 from ..distributed import Interrupted, joined
+from ..evaluators import EVALUATORS
 from ..pocket.model import MODELS
 from ..progress import ProgressLine
 from ..recipe import Recipe
+from ..steering.calibration import PROMPTS
 from .commands import (
     FULL_SIZE,
     run_adapt,
@@ -28,11 +30,13 @@ from .commands import (
     run_export,
     run_import,
     run_inspect,
+    run_make,
     run_route,
     run_train,
     run_tune,
 )
 from .hub import add_commands
+from .verify import add_command
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,6 +100,15 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--prompts", type=Path, help="evaluation set, in place of the shipped one")
         sub.add_argument("--images-per-prompt", type=count, default=1)
 
+    def judged(sub: argparse.ArgumentParser) -> None:
+        known = ", ".join(EVALUATORS)
+        sub.add_argument(
+            "--evaluators", type=names, default=[], help=f"comma-separated, of {known}; default: none"
+        )
+        sub.add_argument(
+            "--unblurred", action="store_true", help="write pictures as they are: they may be unsafe"
+        )
+
     def strengths(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--blend", type=float, help="the largest strength that tuning may choose; 0: none")
         sub.add_argument("--repel", type=float, help="the same for Repel")
@@ -121,6 +134,9 @@ def parser() -> argparse.ArgumentParser:
             help="prompts that only the text encoder reads; default: the pack's 2,600 safe ones",
         )
         strengths(sub)
+        credits(sub)
+
+    def credits(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--title", default="")
         sub.add_argument("--creator", default="")
         sub.add_argument("--data-licence", default="")
@@ -135,6 +151,22 @@ def parser() -> argparse.ArgumentParser:
     sub = command("demo", run_demo, "the whole method on the pocket model, with a report")
     evaluation(sub)
     sub.add_argument("--out", type=Path, default=Path("out/demo"))
+
+    sub = command("make", run_make, "the chain as one command, with a plan of time, disk and memory first")
+    any_model(sub)
+    sub.set_defaults(size=None)
+    sub.add_argument("--source", required=True, help="the risk domain to train on")
+    sub.add_argument("--targets", type=names, help="comma-separated: domains to adapt to")
+    sub.add_argument("--pairs", type=Path, nargs="*", help="prompt files; default: those that ship")
+    sub.add_argument("--safe", type=Path, help="safe prompts, with --pairs; default: those that ship")
+    sub.add_argument("--quick", action="store_true", help="fewer prompts, features and pixels")
+    sub.add_argument("--gpu-memory", type=float, metavar="GB", help="that may be taken; default: all")
+    sub.add_argument("--positions", type=names, help="to capture; default: some over the model's depth")
+    sub.add_argument("--tokens", type=count, help="to capture of each picture; default: 256")
+    for name in ("features", "k", "steps", "batch"):
+        sub.add_argument(f"--{name}", type=count, help="of training")
+    judged(sub)
+    credits(sub)
 
     sub = command("capture", run_capture, "sample prompt pairs and store their activations")
     any_model(sub)
@@ -173,22 +205,25 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--source", required=True, help="the domain to replay")
     recipe(sub)
 
-    for name, run, text in (
-        ("tune", run_tune, "choose a dictionary's operators and strengths anew, from paired recovery"),
-        ("calibrate", run_calibrate, "set a dictionary's gate anew, for a model and prompts of your own"),
-    ):
-        sub = command(name, run, text)
-        any_model(sub)
-        sub.add_argument("--dictionary", type=Path, required=True)
-        sub.add_argument("--adapter", type=Path, help="of that dictionary: it is the one that is changed")
-        sub.add_argument("--domain", help="where the file has several")
-        sub.add_argument("--tune", type=Path, required=True, help="prompts that nothing was trained on")
-        sub.add_argument("--out", type=Path, required=True)
-        sub.add_argument("--overwrite", action="store_true")
-        if name == "calibrate":
-            sub.add_argument("--false-positive-rate", type=share, default=Recipe().false_positive_rate)
-        else:
-            strengths(sub)
+    text = "choose a dictionary's operators and strengths anew, from paired recovery"
+    sub = command("tune", run_tune, text)
+    any_model(sub)
+    sub.add_argument("--dictionary", type=Path, required=True)
+    sub.add_argument("--adapter", type=Path, help="of that dictionary: it is the one that is changed")
+    sub.add_argument("--domain", help="where the file has several")
+    sub.add_argument("--tune", type=Path, required=True, help="pairs that nothing was trained on")
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--overwrite", action="store_true")
+    strengths(sub)
+
+    text = "set a dictionary's gate for your own model, size and sampler, from safe prompts alone"
+    sub = command("calibrate", run_calibrate, text)
+    any_model(sub)
+    sub.add_argument("--dictionary", type=Path, required=True, help="the result is a small file beside it")
+    sub.add_argument("--adapter", type=Path, nargs="*", default=[])
+    sub.add_argument("--prompts", type=Path, help="safe ones; default: some of the pack's own")
+    sub.add_argument("--most-prompts", type=count, default=PROMPTS, help="so many are sampled")
+    sub.add_argument("--false-positive-rate", type=share, default=Recipe().false_positive_rate)
 
     sub = command("import", run_import, "a dictionary from SAEs of SAELens, sparsify or dictionary_learning")
     any_model(sub)
@@ -216,7 +251,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, help="folder")
 
     sub = command("evaluate", run_evaluate, "measure a dictionary against the unsteered model")
-    evaluation(sub)
+    any_model(sub)
+    sub.add_argument(
+        "--prompts", type=Path, help="evaluation set, in place of the shipped one; also I2P's, MMA's, COCO's"
+    )
+    sub.add_argument("--images-per-prompt", type=count, default=1)
+    judged(sub)
     sub.add_argument("--dictionary", type=Path, required=True)
     sub.add_argument("--adapter", type=Path, nargs="*", default=[])
     sub.add_argument("--out", type=Path, default=Path("out/evaluate"))
@@ -231,11 +271,14 @@ def parser() -> argparse.ArgumentParser:
         ("check", run_check, "check a file to its last number"),
     ):
         command(name, run, text).add_argument("file", help="or an id of the index, or safedig://...")
+    add_command(command)
     add_commands(command)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal can't show is no reason to end
+        sys.stdout.reconfigure(errors="backslashreplace")
     o = parser().parse_args(arguments)
     who = o.command
     try:
@@ -243,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             first = o.processes.rank == 0
             if o.processes.size > 1:
                 who = f"{o.command} (process {o.processes.rank} of {o.processes.size})"
-                if o.command not in ("capture", "train"):
+                if o.command not in ("capture", "train", "make"):
                     raise ValueError("this command is for one process: start it without torchrun")
             if o.json is not None and first:  # before the work, not after
                 o.json.parent.mkdir(parents=True, exist_ok=True)
@@ -261,4 +304,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\n{who}: stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    return 0
+    return getattr(o, "exit_code", 0)

@@ -13,6 +13,10 @@ from ..positions import Architecture
 FORMAT = 3
 OPERATORS = ("blend", "repel")
 FORMS = ("residual", "paper")
+# What no honest file meets
+MAX_CARD = 4 << 20  # characters of its JSON
+MAX_DOMAINS = 64  # of a dictionary, its adapters' included
+MAX_PLAN = 1 << 10  # actions
 MAX_FEATURES = 1 << 20
 
 Window = tuple[float, float]  # noise levels: from the first down to the second
@@ -134,6 +138,9 @@ class Card:
     source_sha256: str = ""  # of what it was trained on
     base_sha256: str = ""  # of the dictionary file that an adapter belongs to
 
+    def __post_init__(self) -> None:
+        _need_few(self.domains, self.plan)
+
     @property
     def kind(self) -> str:
         return "adapter" if self.base_sha256 else "dictionary"
@@ -148,6 +155,7 @@ class Card:
     def from_json(cls, value: dict[str, Any]) -> Card:
         """Raises ValueError on anything but what `to_json` writes."""
         found = dict(value)
+        _need_few(found.get("domains"), found.get("plan"))  # before they are built
         version, kind = found.pop("format", None), found.pop("kind", None)
         need(type(version) is int and version == FORMAT, f"its format is {version!r:.20}, not {FORMAT}")
         card: Card = build(cls, found, "card")
@@ -176,6 +184,12 @@ class Card:
             where, name = action.position, action.domain
             need(where in limits, f"the plan is for position '{where:.64}', which is not there")
             need(name in ("", *self.domains), f"the plan is for domain '{name:.64}', which is not there")
+
+
+def _need_few(domains: object, plan: object) -> None:
+    for what, values, most in (("domains", domains, MAX_DOMAINS), ("actions in its plan", plan, MAX_PLAN)):
+        count = len(values) if isinstance(values, (dict, list)) else 0
+        need(count <= most, f"it has {count} {what}, and {most} is the most")
 
 
 def card_text(card: Card) -> str:

@@ -19,23 +19,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Collection
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import MAX_ITEMS, PathLike, blame, build, clear_parts, need, parse_object, replacing, sha256_of
+from ..files import PathLike, blame, clear_parts, need, parse_object, replacing
 from ..positions import Architecture
 from ..sae import SAE
-from .card import MAX_FEATURES, Action, Card, Domain, Gate, PositionInfo, Window, Witness
+from ..tensors import Run, TensorFile
+from .card import MAX_CARD, MAX_FEATURES, Action, Card, Domain, Gate, PositionInfo, Window, Witness
 
 __all__ = [
     "Action",
@@ -55,7 +52,6 @@ __all__ = [
     "save_with_card",
 ]
 
-MAX_HEADER = 8 << 20  # bytes; JSON takes some 20 times its size once parsed
 CHUNK = 1 << 22  # elements that a full check holds at a time
 
 _FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
@@ -63,10 +59,10 @@ _INTS = {"I64": 8, "I32": 4}
 _PARTS = {"encoder.weight": "Fd", "encoder.bias": "F", "threshold": "F", "decoder.weight": "Fd"}
 _PARTS |= {"decoder.bias": "d", "mean": "d", "scale": ""}  # F features, width d
 _AGAIN = "Run the `train` or `adapt` command that made it again: it takes up its store and checkpoints."
+_RELOAD = "Load it again."
 _REMEDY = "It is damaged or of another version: update SafeDIG or get the file again from its source."
 
 Adapters = dict[tuple[str, str], tuple[Tensor, Tensor]]  # rows [R], delta [R, d] by (position, domain)
-Run = tuple[int, int]  # rows start to stop
 
 
 class DictionaryError(ValueError):
@@ -127,7 +123,8 @@ class Dictionary:
                 for action in extra.plan
                 if taken.isdisjoint((action.position, action.operator, d) for d in ("", name))
             ]
-            card = replace(card, domains=card.domains | extra.domains, plan=card.plan + own_plan)
+            with _blame(path, "Choose fewer adapters."):
+                card = replace(card, domains=card.domains | extra.domains, plan=card.plan + own_plan)
             adapters[name] = file
         return Dictionary(self._file, card, adapters)
 
@@ -139,6 +136,11 @@ class Dictionary:
     def adapter_paths(self) -> dict[str, Path]:
         """The files of added adapters, by domain."""
         return {domain: file.path for domain, file in self._adapters.items()}
+
+    @property
+    def adapter_sha256(self) -> dict[str, str]:
+        """Of the files of added adapters, by domain."""
+        return {domain: file.sha256 for domain, file in self._adapters.items()}
 
     def with_domains(self, domains: dict[str, Domain]) -> Dictionary:
         """This dictionary with these domains on its card."""
@@ -212,8 +214,9 @@ def save_adapter(path: PathLike, card: Card, adapters: Adapters) -> None:
 def save_with_card(path: PathLike, card: Card, source: PathLike) -> None:
     """Writes the dictionary or adapter at `source` to `path`, with another card."""
     with _blame(source):
-        _File(source).verify()
-        tensors = load_file(source)
+        file = _File(source)
+        file.verify()
+        tensors = {name: file.tensors.read(name) for name in file.shapes}
     _save(path, card.kind, card, tensors, {})
 
 
@@ -257,21 +260,21 @@ def _attribute(part: str) -> str:
 
 
 class _File:
-    """One checked file: its card, and the shapes of its tensors. Closed between reads."""
+    """One checked file: its card, and the shapes of its tensors."""
 
     def __init__(self, path: PathLike) -> None:
         self.path = Path(path)
-        self._stamp = self._identity()
-        header, size = _header(self.path)
-        metadata = header.pop("__metadata__", None)
+        self.tensors = TensorFile(self.path)
+        metadata = self.tensors.metadata
         text = metadata.get("safedig") if type(metadata) is dict and len(metadata) == 1 else None
         need(type(text) is str, "its metadata is not one card under 'safedig'")
+        need(len(text) <= MAX_CARD, f"its card is larger than {MAX_CARD >> 20} MiB")  # type: ignore
         card = parse_object(text, "its card")  # type: ignore
         with blame(DictionaryError, path, _AGAIN):
             old = card.get("format") in (1, 2)
             need(not old, "it is of an older format, whose gate takes the unfamiliar for risky")
         self.card = Card.from_json(card)
-        entries = _entries(header, size)
+        entries = self.tensors.entries
         self.shapes = {name: entry.shape for name, entry in entries.items()}
         expected = self._expected()
         for name in sorted(entries.keys() ^ expected.keys()):
@@ -285,22 +288,16 @@ class _File:
         """F; for an adapter's file, which doesn't know it, the most that it can be."""
         return MAX_FEATURES if self.card.base_sha256 else self._length(f"{position}/encoder.weight")
 
-    @cached_property
+    @property
     def sha256(self) -> str:
-        self._require_unchanged()
-        return sha256_of(self.path)
+        with blame(DictionaryError, self.path, _RELOAD):
+            return self.tensors.sha256()
 
     def read(self, name: str, runs: list[Run] | None = None) -> Tensor:
-        """A copy of a tensor, or of those runs of its rows, its numbers checked."""
-        self._require_unchanged()
+        """A tensor, or those runs of its rows, its numbers checked."""
         dtype = torch.int64 if name.endswith(".rows") else torch.float32
-        with safe_open(self.path, framework="pt") as tensors:
-            if runs is None:
-                value = tensors.get_tensor(name)
-            else:
-                part = tensors.get_slice(name)
-                value = torch.cat([part[start:stop] for start, stop in runs]) if runs else part[:0]
-            value = value.to(dtype, copy=runs is None)  # a whole tensor is a view of the file
+        with blame(DictionaryError, self.path, _RELOAD):
+            value = self.tensors.read(name, runs).to(dtype)
         if dtype == torch.int64:
             limit = self.features(name.partition("/")[0])
             fits = not len(value) or bool(value[0] >= 0 and value[-1] < limit and (value.diff() > 0).all())
@@ -343,58 +340,6 @@ class _File:
         if not shape:
             raise ValueError(f"tensor {name} is missing, or has no rows")
         return shape[0]
-
-    def _identity(self) -> tuple[int, int, int]:
-        if not self.path.is_file():
-            fault = "this is not a file" if self.path.exists() else "there is no such file"
-            raise DictionaryError(f"{self.path}: {fault}. Choose a .safetensors file, or download it first.")
-        stat = self.path.stat()
-        return stat.st_size, stat.st_mtime_ns, stat.st_ino
-
-    def _require_unchanged(self) -> None:
-        if self._identity() != self._stamp:
-            raise DictionaryError(f"{self.path}: the file has changed since it was opened. Load it again.")
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """A file's JSON header, and how many bytes of data follow it."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        pickle = start.startswith(b"PK\x03\x04") or (start.startswith(b"\x80") and length > size)
-        need(not pickle, "it is a pickle (.ckpt, .pt), which could run code and is never loaded")
-        need(size > 8 and length <= min(MAX_HEADER, size - 8), "it is no .safetensors file, or cut short")
-        raw = file.read(length)
-    need(len(raw) == length and raw.startswith(b"{"), "it is no .safetensors file")
-    header = parse_object(raw.decode(), "its header")
-    need(len(header) <= MAX_ITEMS, "its header names too many tensors")
-    return header, size - 8 - length
-
-
-@dataclass
-class _Entry:
-    """What a header says about a tensor."""
-
-    dtype: str
-    shape: list[int]
-    data_offsets: tuple[int, int]
-
-
-def _entries(header: dict[str, Any], size: int) -> dict[str, _Entry]:
-    """The tensors of a header, which must fill `size` bytes without gap or overlap."""
-    entries = {name: build(_Entry, entry, f"tensor {name!r:.100}") for name, entry in header.items()}
-    cursor = 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
-        start, stop = entry.data_offsets
-        width = (_FLOATS | _INTS).get(entry.dtype, 0)
-        need(width, f"tensor {name!r:.100} has dtype {entry.dtype!r:.40}, which is not one of ours")
-        need(start == cursor and start % width == 0, f"tensor {name!r:.100} overlaps or leaves a gap")
-        fits = len(entry.shape) <= 2 and stop == start + math.prod(entry.shape) * width
-        need(fits, f"tensor {name!r:.100} has a size other than its shape's")
-        cursor = stop
-    need(cursor == size, f"its tensors take {cursor} bytes and {size} are there")
-    return entries
 
 
 def _runs(indices: list[int]) -> list[Run]:

@@ -9,24 +9,24 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..families import FAMILIES
 from ..positions import PROMPT, Architecture, Position
 
 Handler = Callable[[str, Tensor], Tensor]
+
+TRANSFORMERS = {f.diffusers[1]: name for name, f in FAMILIES.items() if f.diffusers}  # class -> family
 
 
 def architecture_of(transformer: Any) -> Architecture:
     """The shapes of a FluxTransformer2DModel or SD3Transformer2DModel; others are refused by name."""
     kind = type(transformer).__name__
-    if kind not in ("FluxTransformer2DModel", "SD3Transformer2DModel"):
-        raise ValueError(
-            f"{kind} cannot be steered: expected FluxTransformer2DModel or SD3Transformer2DModel"
-        )
+    if kind not in TRANSFORMERS:
+        raise ValueError(f"{kind} cannot be steered: expected {' or '.join(TRANSFORMERS)}")
     config = transformer.config
     width = config.num_attention_heads * config.attention_head_dim
     widths = width, config.joint_attention_dim, config.pooled_projection_dim
-    if kind == "FluxTransformer2DModel":
-        return Architecture("flux", (config.num_layers, config.num_single_layers), *widths)
-    return Architecture("sd3", (config.num_layers, 0), *widths)
+    blocks = config.num_layers, config.get("num_single_layers", 0)
+    return Architecture(TRANSFORMERS[kind], blocks, *widths)
 
 
 @contextmanager

@@ -49,6 +49,11 @@ class Host(Protocol):
         """Where activations are."""
         ...
 
+    @property
+    def checkpoint(self) -> str:
+        """What tells its weights from others of the same architecture, here and in ComfyUI."""
+        ...
+
     def prompt_tokens(self, prompts: Sequence[str]) -> list[list[str]]:
         """Each prompt's tokens as they stand in the sequence at `text`; "" for padding, which may be left
         out at the end."""

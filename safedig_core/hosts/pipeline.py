@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -12,14 +13,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..families import FAMILIES
+from .checkpoint import checkpoint_of, told_by
 from .hooks import architecture_of, attached
 from .host import Tap
 
-# Tokens that T5 gives a prompt in ComfyUI: what is captured here is steered there.
-T5_TOKENS = {"flux": 256, "sd3": 77}
 CLIP_TOKENS = 77
-GUIDANCE = {"flux": 3.5, "sd3": 4.5}
-TRANSFORMERS = {"FluxPipeline": "FluxTransformer2DModel", "StableDiffusion3Pipeline": "SD3Transformer2DModel"}
+TRANSFORMERS = dict(f.diffusers for f in FAMILIES.values() if f.diffusers)  # by pipeline
 HEADROOM = 6 << 30  # bytes of GPU memory that sampling takes beside the weights, at 8 images of 1024 x 1024
 
 
@@ -36,12 +36,13 @@ class PipelineHost:
     def __init__(self, pipeline: Any, name: str, side: int = 1024):
         self.name, self.side = name, side
         self.architecture = architecture_of(pipeline.transformer)
-        self.guidance = GUIDANCE[self.architecture.family]
+        self._family = self.architecture.traits
+        self.guidance = self._family.guidance
         self._pipeline = pipeline
         self._transformer = pipeline.transformer.eval().requires_grad_(False)
         self._is_flux = self.architecture.family == "flux"
         self._embedded: dict[str, tuple[Tensor, Tensor]] = {}  # sequence [T, d], pooled [p]
-        cell = pipeline.vae_scale_factor * (2 if self._is_flux else self._transformer.config.patch_size)
+        cell = pipeline.vae_scale_factor * self._family.patch
         if side % cell:
             raise ValueError(
                 f"{name} makes pictures whose sides are multiples of {cell}, not of {side} pixels"
@@ -52,22 +53,25 @@ class PipelineHost:
     @property
     def sampler(self) -> dict[str, str | int | float]:
         """What activations depend on besides the model and the prompts."""
-        t5 = T5_TOKENS[self.architecture.family]
+        t5 = self._family.t5_tokens
         return {"steps": self.steps, "guidance": self.guidance, "side": self.side, "t5_tokens": t5}
 
     @property
     def device(self) -> torch.device:
         return self._pipeline._execution_device
 
+    @property
+    def checkpoint(self) -> str:
+        return checkpoint_of(told_by(self._transformer))
+
     def prompt_tokens(self, prompts: Sequence[str]) -> list[list[str]]:
         """Each prompt's tokens as they stand in the sequence at `text`; "" for padding. FLUX.1's are T5's;
         SD3.5's are CLIP's, then T5's."""
         t5 = self._pipeline.tokenizer_2 if self._is_flux else self._pipeline.tokenizer_3
-        most = T5_TOKENS[self.architecture.family]
         found = []
         for prompt in prompts:
-            names = [] if self._is_flux else _names(self._pipeline.tokenizer, prompt, CLIP_TOKENS)
-            found.append(names + _names(t5, prompt, most))
+            clip = _names(self._pipeline.tokenizer, prompt, CLIP_TOKENS) if self._family.clip_first else []
+            found.append(clip + _names(t5, prompt, self._family.t5_tokens))
         return found
 
     @torch.no_grad()
@@ -185,7 +189,7 @@ class PipelineHost:
         texts: dict[str, Any] = {"prompt": list(prompts), "prompt_2": None}
         if not self._is_flux:
             texts |= {"prompt_3": None, "do_classifier_free_guidance": False}
-        found = self._pipeline.encode_prompt(**texts, max_sequence_length=T5_TOKENS[self.architecture.family])
+        found = self._pipeline.encode_prompt(**texts, max_sequence_length=self._family.t5_tokens)
         sequences, pooled = (found[0], found[1]) if self._is_flux else (found[0], found[2])
         place = {"device": "cpu", "dtype": self._transformer.dtype}
         return sequences.to(**place), pooled.to(**place)
@@ -220,8 +224,9 @@ def _names(tokenizer: Any, prompt: str, most: int) -> list[str]:
     return [*names, *[""] * (most - len(names))]
 
 
-def load_pipeline(where: str, side: int = 1024) -> PipelineHost:
+def load_pipeline(where: str, side: int = 1024, most: float = math.inf) -> PipelineHost:
     """FLUX.1 or SD3.5 in bfloat16 from a folder in diffusers' layout, or a repository on the Hub.
+    `most`: bytes of the GPU's memory that the transformer may stay in.
 
     Raises ValueError where it is neither, can't be read, or has other weights than safetensors.
     """
@@ -254,11 +259,11 @@ def load_pipeline(where: str, side: int = 1024) -> PipelineHost:
             "its terms on the Hub and log in with 'hf auth login'."
         ) from error
     if torch.cuda.is_available():
-        place_transformer(pipeline, torch.cuda.mem_get_info()[0])
+        place_transformer(pipeline, min(torch.cuda.mem_get_info()[0], most))
     return PipelineHost(pipeline, Path(where).name, side)
 
 
-def place_transformer(pipeline: Any, free: int, device: str = "cuda") -> None:
+def place_transformer(pipeline: Any, free: float, device: str = "cuda") -> None:
     """Moves the transformer to the GPU if `free` bytes hold it; else its blocks come and go as needed.
 
     With 8 images at a time the GPU works on one block for longer than the next one takes to arrive.

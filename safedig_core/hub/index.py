@@ -16,8 +16,9 @@ from typing import Any
 
 from ..dictionary.card import Card
 from ..evaluation import Safety
-from ..files import DOMAIN, PathLike, blame, build, need, parse_object, read_all, sha256_of
-from ..positions import FAMILIES, Position
+from ..families import FAMILIES
+from ..files import DOMAIN, RESERVED, PathLike, blame, build, need, parse_object, read_all, sha256_of
+from ..positions import Position
 
 FORMAT = 2
 MAX_BYTES = 4 << 20  # of an index file
@@ -57,6 +58,8 @@ class Location:
             f"'{self.revision:.60}' is not a full commit: 40 digits in 0-9a-f",
         )
         need(_FILE.fullmatch(self.file), f"'{self.file:.100}' is not the path of a .safetensors file")
+        device = any(RESERVED.fullmatch(part) for part in self.file.split("/"))
+        need(not device, f"'{self.file:.100}' can't be a file on Windows: another name is needed")
 
     def __str__(self) -> str:
         return f"{self.repo}/{self.file}"

@@ -111,11 +111,28 @@ def _measured(safety: Safety | None) -> str:
         "far steering leads from the unsafe picture to that of its safe rewrite; FID-like distance and time "
         "(indicative) against the unsteered model (`none`).",
         _table(heads, rows),
+        *_judges(safety),
     ]
     for row in safety.rows:
         if row.by_form and row.method != "none":
             parts += [f"{_text(row.method)}, by form of the prompts:", _by_form(row)]
     return "\n\n".join(parts)
+
+
+def _judges(safety: Safety) -> list[str]:
+    """Who said what is unsafe, from which scores on; and how well pictures fit their prompts."""
+    lines = []
+    for e in safety.evaluators:
+        over = ", ".join(f"{name} from {limit:g}" for name, limit in e.thresholds.items())
+        lines.append(f"{_text(e.name)} {_text(e.version)}" + (f": {_text(over)}" if over else ""))
+    fits = [f"{_text(r.method)} {name} {value:.1f}" for r in safety.rows for name, value in r.fit.items()]
+    if fits:
+        lines.append(f"how well pictures of safe prompts fit them: {', '.join(fits)}")
+    if lines:
+        return ["Judged by:\n\n" + "\n".join(f"- {line}" for line in lines)]
+    if all(share is None for row in safety.rows for share in row.line_asr.values()):
+        return ["Judged by nobody: what is unsafe in these pictures is not known."]
+    return []
 
 
 def _by_form(row: Row) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..dictionary.card import Card, PositionInfo
 from ..dictionary.dictionary import Dictionary, save_dictionary
 from ..features import split
-from ..files import replacing
+from ..files import blame, clear_parts, replacing
 from ..positions import Architecture
 from ..recipe import Credits
 from ..sae import SAE, quality
@@ -183,8 +183,11 @@ def export_saelens(dictionary: Dictionary, position: str, folder: Path) -> None:
             "safedig_domains": {name: d.features.get(position, []) for name, d in card.domains.items()},
         },
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "sae_weights.safetensors") as part:
-        save_file({name: t.float().contiguous() for name, t in tensors.items()}, part)
-    with replacing(folder / "cfg.json") as part:
-        part.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    with blame(ValueError, folder, "Nothing was written."):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("sae_weights.safetensors", "cfg.json"):
+            clear_parts(folder, name)
+        with replacing(folder / "sae_weights.safetensors") as part:
+            save_file({name: t.float().contiguous() for name, t in tensors.items()}, part)
+        with replacing(folder / "cfg.json") as part:
+            part.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..hosts.checkpoint import checkpoint_of, told_by
 from ..hosts.hooks import architecture_of, attached
 from ..hosts.host import Tap
 from .autoencoder import PATCH, TOKEN_WIDTH, Autoencoder, pack, unpack
@@ -89,11 +90,12 @@ def schedule(steps: int, shift: float) -> Tensor:
 
 
 class PocketModel:
-    """A pocket model as a host: 10 Euler steps, classifier-free guidance 2.5."""
+    """A pocket model as a host: 10 Euler steps, classifier-free guidance 4."""
 
     steps = 10
-    guidance = 2.5
+    guidance = 4.0
     batch = 32  # images at a time
+    noise = staticmethod(noise_for)
 
     def __init__(self, name: str, transformer: nn.Module, text: TextEncoder, autoencoder: Autoencoder):
         self.name = name
@@ -110,6 +112,10 @@ class PocketModel:
     @property
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
+
+    @property
+    def checkpoint(self) -> str:
+        return checkpoint_of(told_by(self.transformer))
 
     def prompt_tokens(self, prompts: Sequence[str]) -> list[list[str]]:
         """Each prompt's tokens as they stand in the sequence at `text`."""
@@ -130,7 +136,7 @@ class PocketModel:
     ) -> Tensor:
         """Latents [B, 16, 16, 16]. The tap sees the positive half of the batch."""
         images = len(prompts)
-        x = noise_for(seeds).to(self.device)
+        x = self.noise(seeds).to(self.device)
         sequence, pooled = self._embed([*(negatives or [""] * images), *prompts])
         sigmas = schedule(self.steps, SHIFT[self.name])
         if tap is not None:
@@ -155,7 +161,7 @@ class PocketModel:
         tap: Tap | None = None,
     ) -> float:
         """Mean squared error of the velocity for `latents` mixed with noise at `sigma`."""
-        latents, noise = latents.to(self.device), noise_for(seeds).to(self.device)
+        latents, noise = latents.to(self.device), self.noise(seeds).to(self.device)
         sequence, pooled = self._embed(prompts)
         if tap is not None:
             tap.begin(len(prompts), 1, self.device)

@@ -1,7 +1,7 @@
 """The shipped prompt sets. No two share a prompt.
 
     train       captured, to train dictionaries
-    tune        for strengths and gates
+    tune        for strengths and gates, with names and words that nothing else here has: as in use
     evaluate    nothing is trained, tuned or calibrated on it
     usual       harmless lines that only a text encoder reads
     vocabulary  the same of risky words and descriptions (vocabulary.txt), with as many harmless ones
@@ -52,6 +52,7 @@ PAIRS = {  # by set and domain, all of the form `known`
     "train": {SOURCE: 176, TARGET: 176, HELD_OUT: 110},
     "tune": {SOURCE: 32, TARGET: 32, HELD_OUT: 32},
 }
+NAMES = {"train": slice(-1), "tune": slice(-1, None)}  # of each risky concept: tune has the last one
 EVALUATE = {  # pairs of each domain by form: how many, of which kind of names, of held concepts?, phrasings
     "known": (24, "names", False, PHRASINGS),
     "phrasing": (16, "names", False, HELD_OUT_PHRASINGS),
@@ -67,7 +68,7 @@ SAFE_FORMS = {  # purely safe lines by set and form; the first three sets have t
              "sentence": 36},
     "evaluate": {"known": 24, "phrasing": 24, "single": 24, "bare": 24, "three": 24, "near-risk": 30,
                  "unknown-words": 24, "sentence": 24},
-    "usual": {"known": 850, "single": 400, "bare": 250, "three": 350, "near-risk": 550, "unknown-words": 300,
+    "usual": {"known": 850, "single": 400, "bare": 250, "three": 350, "near-risk": 550, "unknown-words": 900,
               "sentence": 300},
 }  # fmt: skip
 SHAPES = {  # of a purely safe form: how many things, and phrasings
@@ -134,12 +135,13 @@ class _Writer:
         held: bool = False,
         phrasings: Sequence[str] = PHRASINGS,
         companions: Sequence[str] = _PLAIN,
+        which: slice = slice(None),
     ) -> Iterator[PromptPair]:
-        """The domain's concepts take turns, and so do their names."""
+        """The domain's concepts take turns, and so do `which` of their names of this `kind`."""
         concepts = [c for c in RISKY[domain] if WORLD[c].held == held]
         for i in range(count):
             risky = concepts[i % len(concepts)]
-            names = getattr(WORLD[risky], kind)
+            names = getattr(WORLD[risky], kind)[which]
             name, rewrite = names[i // len(concepts) % len(names)], WORLD[risky].rewrite
 
             def sides(
@@ -201,13 +203,17 @@ class _Writer:
             yield PromptPair("safe", text, form="unknown-words")
 
     def gibberish(self) -> Iterator[str]:
-        """'fanu', 'retoba gimu dolumavi'"""
+        """'fanu', 'retoba gimu', 'kzzfp', 'uyt 6021', '~= ##'"""
+        alphabets = ["", "", "abcdefghijklmnopqrstuvwxyz", "qwertzuiop", "0123456789", "#*+=?!/~.-_"]
+
+        def word() -> str:
+            size, letters = self.rng.randint(2, 4), self.rng.choice(alphabets)
+            if letters:
+                return "".join(self.rng.choices(letters, k=size + 1))
+            return "".join(self.rng.choice("bdfgklmnprstvz") + self.rng.choice("aeiou") for _ in range(size))
+
         while True:
-            sizes = [self.rng.randint(2, 4) for _ in range(self.rng.randint(1, 3))]
-            yield " ".join(
-                "".join(self.rng.choice("bdfgklmnprstvz") + self.rng.choice("aeiou") for _ in range(size))
-                for size in sizes
-            )
+            yield " ".join(word() for _ in range(self.rng.randint(1, 3)))
 
     def shuffled(self, pairs: Iterable[PromptPair]) -> list[PromptPair]:
         """So that any part of them is of all concepts."""
@@ -223,7 +229,9 @@ def build_sets(seed: int = 0) -> dict[str, list[PromptPair]]:
     grammar = (FOLDER.parent / "sentences.txt").read_text(encoding="utf-8")
     lists, _ = safe_prompts.read_grammar(grammar)
     sentences = (pair.safe for pair in safe_prompts.make_prompts(grammar, seed))
-    words = cycle(writer.rng.sample(lists["unknown"], len(lists["unknown"])))
+    words, own_words = (
+        cycle(writer.rng.sample(lists[name], len(lists[name]))) for name in ("unknown", "tune-unknown")
+    )
     gibberish = writer.gibberish()
     sets: dict[str, list[PromptPair]] = {}
 
@@ -246,14 +254,14 @@ def build_sets(seed: int = 0) -> dict[str, list[PromptPair]]:
         if name in PAIRS:
             pairs.append(PromptPair("safe", "", form="empty"))
             for domain, count in PAIRS[name].items():
-                pairs += writer.shuffled(writer.pairs(domain, "known", count))
+                pairs += writer.shuffled(writer.pairs(domain, "known", count, which=NAMES[name]))
         else:
             writer.repeat = True
         for form, count in SAFE_FORMS[name].items():
             if form == "sentence":
                 pairs += [PromptPair("safe", next(sentences), form=form) for _ in range(count)]
             elif form == "unknown-words":
-                pairs += writer.unknown(count, words, gibberish)
+                pairs += writer.unknown(count, own_words if name == "tune" else words, gibberish)
             else:
                 kinds = ("names",) if name in PAIRS else ("names", "aliases", "implicit")
                 pairs += writer.shuffled(writer.scenes(form, count, kinds))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..dictionary.dictionary import Dictionary, Gate, Witness
 from ..hosts.host import Host
@@ -152,18 +152,16 @@ def calibrated_gate(
     """The gate of one domain from the largest scores of safe images [N, P], with the `forms` of their
     prompts, and of unsafe ones [M, P], at each of the P witnesses.
 
-    A witness's offset is the safe images' median. How much each one counts is learned together (logistic
-    regression without negative weights). The threshold is the highest of: the (1 - false_positive_rate)
-    quantile over all safe images, and for each form the quantile at LENIENCE times that rate; where unsafe
-    images leave room (their 5 % quantile lies higher still), it is raised by a quarter of the way.
+    A witness's offset is the safe images' median, and its scale what lies between that and their
+    (1 - false_positive_rate) quantile: each witness counts the same. (Weights learned from these prompts go
+    to `text`, which knows their words, and leave out the image tokens, which also know what they see under
+    another name.) The threshold is the highest of: the (1 - false_positive_rate) quantile over all safe
+    images, and for each form the quantile at LENIENCE times that rate; where unsafe images leave room (their
+    5 % quantile lies higher still), it is raised by a quarter of the way.
     """
     offset = safe.median(0).values
-    spread = (safe.quantile(0.9, dim=0) - offset).clamp(min=1e-6)
-    quiet, loud = ((side - offset).clamp(min=0) / spread for side in (safe, unsafe))
-    weight = witness_weights(quiet, loud)
-    counted = weight > 0.02 * weight.max()
-    weight = weight * counted
-    quiet, loud = quiet @ weight, loud @ weight
+    scale = (safe.quantile(1 - false_positive_rate, dim=0) - offset).clamp(min=1e-6)
+    quiet, loud = (((side - offset) / scale).clamp(min=0).sum(1) for side in (safe, unsafe))
     limits = [quiet.quantile(1 - false_positive_rate)]
     for form in sorted(set(forms)):
         lenience = LENIENCE * (NEAR_LENIENCE if form == NEAR_RISK else 1)
@@ -177,33 +175,11 @@ def calibrated_gate(
     }
     return Gate(
         {
-            position: replace(witness, offset=offset[p].item(), scale=(spread[p] / weight[p]).item())
+            position: replace(witness, offset=offset[p].item(), scale=scale[p].item())
             for p, (position, witness) in enumerate(witnesses.items())
-            if counted[p]
         },
         threshold,
         sum(opened) / len(opened),
         len(opened),
         {form: (sum(mine), len(mine)) for form, mine in by_form.items()},
     )
-
-
-def witness_weights(safe: Tensor, unsafe: Tensor) -> Tensor:
-    """[P], 0 or more: of the evidence of safe [N, P] and unsafe images [M, P] at P witnesses, what tells
-    them apart best together."""
-    x, y = torch.cat([safe, unsafe]), torch.cat([torch.zeros(len(safe)), torch.ones(len(unsafe))])
-    share = torch.where(y > 0, 0.5 / len(unsafe), 0.5 / len(safe))
-    free = torch.full((x.shape[1],), -1.0, requires_grad=True)
-    bias = torch.zeros((), requires_grad=True)
-    optimizer = torch.optim.LBFGS([free, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        weight = nn.functional.softplus(free)
-        each = nn.functional.binary_cross_entropy_with_logits(x @ weight + bias, y, reduction="none")
-        value = (share * each).sum() + 1e-2 * weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)  # type: ignore[arg-type]
-    return nn.functional.softplus(free).detach()

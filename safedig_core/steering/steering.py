@@ -18,17 +18,24 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from ..dictionary.conflicts import LEAST_LEFT, losses
 from ..dictionary.dictionary import Action, Dictionary, DictionaryError, Gate
 from .gate import evidence_of
 from .site import Site, Windows, compile_site
 
 MODES = ("steer", "observe", "stop")
+UNDONE = "undone by other domains"  # a status
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 class RiskFound(RuntimeError):
-    """A domain set to `stop` was found; the message says where."""
+    """A domain set to `stop` was found, at that step in those pictures of the batch, all counted from 1."""
+
+    def __init__(self, domain: str, pictures: Sequence[int], step: int, position: str):
+        where = f"picture {', '.join(map(str, pictures))} of the batch at step {step} (position {position})"
+        super().__init__(f"stopped: {domain} found in {where}; this domain is set to stop")
+        self.domain, self.pictures, self.step = domain, pictures, step
 
 
 class Steering:
@@ -43,37 +50,44 @@ class Steering:
         strength: float = 1.0,
         gate: bool = True,
         preserve_norm: bool = False,
+        strengths: Mapping[str, float] | None = None,
     ):
         """`plan` defaults to the dictionary's; `modes` maps domains to steer (default), observe
-        (evidence only) or stop; `strength` multiplies every action's. Without `gate`, every image is
-        acted on.
+        (evidence only) or stop; `strength` multiplies every action's, `strengths` what acts for
+        a domain. Without `gate`, every image is acted on.
 
         Raises ValueError for an unknown domain, mode or position and a strength that is none; for
         observe and stop without a gate that could find the domain; for an action that can act for no
-        domain; and for a domain to be steered that the plan names and no action of it can act for.
+        domain; for a domain to be steered that the plan names and no action of it can act for; for numbers
+        that no honest dictionary has; for a gate that nothing could open; and for an adapter that undoes what
+        is done for another domain.
         """
         self.dictionary: Final = dictionary
         self.domains: Final = tuple(dictionary.card.domains)
         self.plan: Final = tuple(dictionary.card.plan if plan is None else plan)
         self.modes: Final = MappingProxyType(dict.fromkeys(self.domains, "steer") | dict(modes or {}))
         self.strength: Final = strength
+        self.strengths: Final = MappingProxyType(dict.fromkeys(self.domains, 1.0) | dict(strengths or {}))
         self.gate: Final = gate
         self.preserve_norm: Final = preserve_norm
         self._require_known()
         actions: dict[str, list[Action]] = {}
         for action in self.plan:
             actions.setdefault(action.position, []).append(action)
-        wanted = [*actions, *(position for at in self.witnesses.values() for position in at)]
+        wanted = {*actions, *(position for at in self.witnesses.values() for position in at)}
         architecture = dictionary.card.architecture
-        for position in wanted:
+        known = architecture.positions()
+        for position in wanted.difference(known):
             architecture.require(position)
         sites = {
             position: compile_site(dictionary, position, self.domains, actions.get(position, ()))
-            for position in architecture.positions()
+            for position in known
             if position in wanted
         }
         self.sites: Final[Mapping[str, Site]] = MappingProxyType(sites)
         self._require_effect()
+        self._require_gates()
+        self._require_peace()
 
     @property
     def positions(self) -> tuple[str, ...]:
@@ -95,9 +109,12 @@ class Steering:
         """What tells when a domain is found; None where the dictionary has none."""
         return self.dictionary.card.domains[domain].gate
 
-    def run(self, sites: Mapping[str, Site] | None = None) -> Run:
-        """A tap for one sampling. `sites`: these ones, where they are elsewhere already."""
-        return Run(self, self.sites if sites is None else sites)
+    def run(
+        self, sites: Mapping[str, Site] | None = None, thresholds: Mapping[str, float] | None = None
+    ) -> Run:
+        """A tap for one sampling. `sites`: these ones, where they are elsewhere already; `thresholds`, by
+        domain: these in place of the dictionary's own (calibration.py)."""
+        return Run(self, self.sites if sites is None else sites, thresholds or {})
 
     def _require_known(self) -> None:
         path = self.dictionary.path
@@ -138,6 +155,31 @@ class Steering:
                     f"'{name}' to observe."
                 )
 
+    def _require_gates(self) -> None:
+        """That some activation could open each gate."""
+        for d, name in enumerate(self.domains):
+            gate = self.gate_of(name)
+            most = sum(self.sites[position].most[d] for position in gate.witnesses) if gate else math.inf
+            if gate and most <= gate.threshold:
+                path = self.dictionary.adapter_paths.get(name, self.dictionary.path)
+                raise DictionaryError(
+                    f"{path}: the gate of '{name}' could never open: it opens over {gate.threshold:.3g}, and "
+                    f"no activation gives it evidence over {most:.3g}. Make it again, or get it again from "
+                    "its source."
+                )
+
+    def _require_peace(self) -> None:
+        """That no adapter undoes what is done for another domain."""
+        adapters = self.dictionary.adapter_paths
+        if not adapters:
+            return
+        strengths = {n: 0.0 if self.modes[n] == "observe" else self.strengths[n] for n in self.domains}
+        for loss in losses(self.dictionary, self.plan, strengths):
+            if loss.left < LEAST_LEFT and loss.culprit in adapters and loss.culprit != loss.domain:
+                raise DictionaryError(
+                    f"{adapters[loss.culprit]}: {loss}. Leave that adapter out, or set it to observe."
+                )
+
     def _can_act(self, action: Action, domain: str) -> bool:
         """Whether the action has rows to act with for this domain."""
         site, d = self.sites[action.position], self.domains.index(domain)
@@ -153,8 +195,11 @@ class Run:
     image token moved, |a' - a| / |a| summed over calls; both on the device.
     """
 
-    def __init__(self, steering: Steering, sites: Mapping[str, Site]):
+    def __init__(self, steering: Steering, sites: Mapping[str, Site], thresholds: Mapping[str, float]):
         self.steering = steering
+        gates = {name: steering.gate_of(name) for name in steering.domains}
+        own = {name: gate.threshold if gate else None for name, gate in gates.items()}
+        self.thresholds = own | dict(thresholds)
         self.positions = steering.positions
         self._given = sites
 
@@ -165,16 +210,18 @@ class Run:
         """
         plan, domains = self.steering, len(self.steering.domains)
         self._places = {p: _Place(plan, site.to(device), device) for p, site in self._given.items()}
-        gates = [plan.gate_of(name) for name in plan.domains]
-        self._gated = torch.tensor([gate is not None for gate in gates], device=device)
+        limits = list(self.thresholds.values())
+        self._gated = torch.tensor([limit is not None for limit in limits], device=device)
         self._always = ~self._gated | torch.tensor(not plan.gate, device=device)
-        self._limit = torch.tensor([gate.threshold if gate else math.inf for gate in gates], device=device)
+        self._limit = torch.tensor([math.inf if limit is None else limit for limit in limits], device=device)
         shape = (len(self.positions), steps, images)
         self._calls = torch.zeros(shape[:2], dtype=torch.long)  # on the CPU: counted, not computed
         self._tokens = torch.zeros(shape, dtype=torch.long, device=device)  # moved
         self._change = torch.zeros(shape, device=device)
         self._tokens_of = torch.zeros(images, domains, dtype=torch.long, device=device)  # moved by a domain
-        self._looked = torch.zeros(domains, dtype=torch.long, device=device)
+        self._own = torch.zeros(images, domains, device=device)  # |c|^2 of what it alone would change
+        self._left = torch.zeros(images, domains, device=device)  # <c, a' - a>
+        self._looked = torch.zeros(len(self.positions), domains, dtype=torch.long, device=device)
         self._largest = torch.zeros(len(self.positions), images, domains, device=device)
         self.history = torch.zeros(steps, images, domains, device=device)
         self.map = torch.zeros(images, tokens, device=device)
@@ -225,22 +272,19 @@ class Run:
         at = self.positions.index(position)
         self._largest[at] = torch.maximum(self._largest[at], seen)
         self.history[self._index] = evidence = self._evidence()
-        self._looked += within
+        self._looked[at] += within
         for d, name in enumerate(self.steering.domains):
             if self.steering.modes[name] != "stop":
                 continue
             found = self._found(evidence)[:, d].nonzero().flatten().tolist()  # waits for the device
             if found:
-                raise RiskFound(
-                    f"stopped: {name} found in image {', '.join(map(str, found))} of the batch "
-                    f"at step {self._index + 1} (position {position}); this domain is set to stop"
-                )
+                raise RiskFound(name, [image + 1 for image in found], self._index + 1, position)
 
     def _act(self, position: str, place: _Place, part: Tensor, x: Tensor, z: Tensor) -> Tensor:
         """`part` (`x` in float32, of code `z`) as the site's actions leave it, and what that moved."""
         at, whole = self.positions.index(position), place.site.reconstruct(x)
         within = place.windows.hold(self._sigma)[:, None]  # [A, 1]
-        self._looked += (place.meant & within).any(0) & ~self._gated
+        self._looked[at] += (place.meant & within).any(0) & ~self._gated
         acting = self._always | self._found(self._evidence())  # [B, D]
         strengths = acting * (place.reach * within)[:, None]  # [A, B, D]
 
@@ -253,14 +297,16 @@ class Run:
             return torch.where(touched[..., None] & (y != part), y, part)  # -0.0 + 0.0 would be 0.0
 
         out = steered(strengths)
-        moved = _differs(out, part)
+        moved, step = _differs(out, part), out.float() - x
         self._tokens[at, self._index] += moved.sum(1)
         for d, only in place.acting:
-            own = moved
+            own, alone = moved, step
             if len(place.acting) > 1:  # of those tokens, the ones that it alone would have moved
-                own = moved & _differs(steered(strengths * only), part)
+                without = steered(strengths * only)
+                own, alone = moved & _differs(without, part), without.float() - x
             self._tokens_of[:, d] += own.sum(1)
-        step = out.float() - x
+            self._own[:, d] += alone.square().sum((1, 2))
+            self._left[:, d] += (alone * step).sum((1, 2))
         share = step.norm(dim=(1, 2)) / x.norm(dim=(1, 2)).clamp(min=1e-6)
         self._change[at, self._index] = torch.maximum(self._change[at, self._index], share)
         if position.endswith("img") and x.shape[1] == self.map.shape[1]:
@@ -279,25 +325,35 @@ class Run:
             images              by image and domain: `mode`; `evidence`, the largest that was read, None
                                 where none was; `threshold`, None without a gate; `looked`, how often a
                                 witness was read inside its window (without a gate, how often it could
-                                have acted); `found_at_step`, from 0, or None; `tokens_moved` by its own
-                                actions; and its `status`
+                                have acted); `unread`, the witnesses that never were; `found_at_step`, from
+                                0, or None; `tokens_moved` by its own actions; `left`, what share of their
+                                change came out beside other domains' changes, None where they change
+                                nothing; and its `status`
         """
         plan, found = self.steering, self._found(self.history).tolist()
-        evidence, looked = self._evidence().tolist(), self._looked.tolist()
+        evidence, looked = self._evidence().tolist(), self._looked.sum(0).tolist()
+        own, left = self._own.tolist(), self._left.tolist()
+        read = dict(zip(self.positions, self._looked.tolist(), strict=True))
         images: list[dict[str, Any]] = []
         for b, by_domain in enumerate(self._tokens_of.tolist()):
             verdict: dict[str, Any] = {}
             for d, name in enumerate(plan.domains):
                 gate, mode, moved = plan.gate_of(name), plan.modes[name], by_domain[d]
                 at = next((s for s, step in enumerate(found) if step[b][d]), None)
+                unread = [position for position in plan.witnesses[name] if not read[position][d]]
+                share = left[b][d] / own[b][d] if own[b][d] else None
                 verdict[name] = {
                     "mode": mode,
                     "evidence": _finite(evidence[b][d]) if gate and looked[d] else None,
-                    "threshold": gate.threshold if gate else None,
+                    "threshold": self.thresholds[name],
                     "looked": looked[d],
+                    "unread": unread,
                     "found_at_step": at,
                     "tokens_moved": moved,
-                    "status": status(mode, gate is not None, looked[d], at is not None, moved),
+                    "left": None if share is None else _finite(share),
+                    "status": status(
+                        mode, gate is not None, 0 if unread else looked[d], at is not None, moved, share
+                    ),
                 }
             images.append(verdict)
         change = self._change.tolist()
@@ -312,14 +368,17 @@ class Run:
         }
 
 
-def status(mode: str, gated: bool, looked: int, found: bool, moved: int) -> str:
+def status(mode: str, gated: bool, looked: int, found: bool, moved: int, left: float | None = None) -> str:
     """What became of one domain in one image, in words.
 
-    `gated`: it has a gate; `looked`: how often it was looked at; `found`: its evidence went over the
-    threshold; `moved`: tokens that its actions changed.
+    `gated`: it has a gate; `looked`: how often it was looked at, 0 where a witness never was; `found`: its
+    evidence went over the threshold; `moved`: tokens that its actions changed; `left`: what share of that
+    change other domains left.
     """
     if found and mode == "observe":
         return "observed"
+    if moved and left is not None and left < LEAST_LEFT:
+        return UNDONE
     if found:
         return "steered" if moved else "found, nothing moved"
     if moved:
@@ -337,7 +396,9 @@ class _Place:
         shape, one = (len(site.actions), len(plan.domains)), torch.eye(len(plan.domains), device=device)
         meant = [action.domain in ("", name) for action, name in pairs]
         reach = [
-            action.strength * plan.strength if is_meant and plan.modes[name] != "observe" else 0.0
+            action.strength * plan.strength * plan.strengths[name]
+            if is_meant and plan.modes[name] != "observe"
+            else 0.0
             for (action, name), is_meant in zip(pairs, meant, strict=True)
         ]
         self.site = site

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from ..files import TEXT, build, need
+from ..files import TEXT, need
 from ..positions import Architecture
-from ..prompts import PromptPair, fingerprint
+from ..prompts import MAX_LINES, PromptPair, fingerprint
 
 FORMAT = 2
 MAX_TOKENS = 1 << 16  # of a prompt
+MAX_SPANS = 1 << 20  # of all prompts together
 
 Spans = tuple[tuple[int, int], ...]  # by token of the unsafe prompt: its counterpart's start and stop
 
@@ -39,9 +40,12 @@ class StoreSettings:
     spans: tuple[Spans, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", tuple(replace(pair, keep=(), form="") for pair in self.prompts))
+        bare = (replace(p, keep=(), form="") if p.keep or p.form else p for p in self.prompts)
+        object.__setattr__(self, "prompts", tuple(bare))
         need(self.prompts, "there are no prompts")
+        need(len(self.prompts) <= MAX_LINES, f"there are more than {MAX_LINES} prompts")
         need(len(self.spans) in (0, len(self.prompts)), "spans must be those of all prompts")
+        need(sum(map(len, self.spans)) <= MAX_SPANS, f"there are more than {MAX_SPANS} spans")
         for start, stop in (span for spans in self.spans for span in spans):
             need(0 <= start <= stop <= MAX_TOKENS, "spans must run from a token to a later one")
         counts = [("seed", self.seed, 0, 1 << 62), ("pairs_per_shard", self.pairs_per_shard, 1, 1 << 12)]
@@ -124,10 +128,11 @@ class StoreSettings:
         for name in ("positions", "steps", "prompts"):
             need(type(found[name]) is list, f"{name} is not a list")
         need(all(type(name) is str for name in found["positions"]), "positions must be names")
+        need(len(found["prompts"]) <= MAX_LINES, f"there are more than {MAX_LINES} prompts")
         for row in found["prompts"]:
             fits = type(row) is list and len(row) == 3 and type(row[2]) in (str, type(None))
             need(fits and type(row[0]) is type(row[1]) is str, f"{row!r:.60} is not [domain, safe, unsafe]")
-        found["spans"] = tuple(map(tuple, build(list[list[tuple[int, int]]], found["spans"], "spans")))
+        found["spans"] = _spans(found["spans"])
         need(type(found["sampler"]) is dict, "sampler is not an object")
         found["architecture"] = Architecture.from_json(found["architecture"])
         found["prompts"] = [PromptPair(*row) for row in found["prompts"]]
@@ -135,3 +140,13 @@ class StoreSettings:
         settings = cls(**found)
         need(sha256 == settings.prompts_sha256, "prompts_sha256 is not that of its prompts")
         return settings
+
+
+def _spans(value: Any) -> tuple[Spans, ...]:
+    need(type(value) is list and all(type(spans) is list for spans in value), "spans is not a list of lists")
+    need(sum(map(len, value)) <= MAX_SPANS, f"there are more than {MAX_SPANS} spans")
+    for span in (span for spans in value for span in spans):
+        fits = type(span) is list and len(span) == 2 and type(span[0]) is type(span[1]) is int
+        if not fits:
+            raise ValueError(f"{span!r:.60} is not a span")
+    return tuple(tuple((start, stop) for start, stop in spans) for spans in value)

@@ -1,6 +1,7 @@
 """The activation store: what a capture leaves on disk, one shard per fixed group of prompt pairs.
 
     store.json                  the settings, written first
+    .lock                       held by the capture that writes to the store
     shard-00000.safetensors     of P pairs, which all have an unsafe side or are all purely safe:
         <position>              [P, sides, S, K, d] bfloat16: S steps, K tokens; sides are unsafe,
                                 safe, or for purely safe prompts just safe
@@ -17,22 +18,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import PathLike, blame, clear_parts, need, read_all, replacing, sha256_of
+from ..files import LOCK, PathLike, blame, clear_parts, need, read_all, replacing, sha256_of, try_lock
+from ..tensors import TensorFile
 from .settings import Spans, StoreSettings
 
-MAX_JSON = 64 << 20  # bytes
+MAX_JSON = 32 << 20  # bytes
 BUFFER = 65_536  # tokens that are shuffled at a time
+POLL = 0.2  # seconds between looks at a lock
 
 _REMEDY = "Get the store again from its source, or capture it anew."
 _DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32"}  # as a file's header has them
@@ -61,7 +65,7 @@ class ActivationWriter:
     def open(
         cls, folder: PathLike, settings: StoreSettings, tokens: dict[str, int] | None = None
     ) -> ActivationWriter:
-        """Creates or resumes the store in `folder`; refuses one with other settings.
+        """Creates or resumes the store in `folder`; refuses one with other settings, once it has a shard.
 
         With `tokens`, the sequence lengths by position, a disk that is too small is refused here;
         otherwise by the first `write`.
@@ -71,20 +75,36 @@ class ActivationWriter:
         with _blame(folder):
             writer.folder.mkdir(parents=True, exist_ok=True)
             clear_parts(writer.folder)
-            if path.exists() or path.is_symlink():
-                difference = _difference(_settings(path).to_json(), settings.to_json())
-                if difference is not None:
-                    raise StoreError(
-                        f"{folder}: it was captured with other settings: {difference}. Choose another "
-                        "folder, go back to those settings, or delete the folder to start anew."
-                    )
-            elif any(writer.folder.glob("shard-*")):
-                raise StoreError(f"{folder}: it has shards but no store.json. Choose another folder.")
-            else:
-                _write_json(path, settings.to_json())
+            while not (os.path.lexists(path) and writer._difference() is None):
+                lock = writer.try_alone()
+                if lock is not None:
+                    with lock:
+                        if any(writer.folder.glob("shard-*")):
+                            writer.require_settings()
+                        _write_json(path, settings.to_json())
+                elif os.path.lexists(path):
+                    writer.require_settings()
+                else:  # another one is just opening it
+                    time.sleep(POLL)
         if tokens is not None:
             writer._require_space(tokens)
         return writer
+
+    def try_alone(self) -> BinaryIO | None:
+        """What keeps other captures from writing until it is closed; None while one of them has it."""
+        with _blame(self.folder):
+            return try_lock(self.folder / LOCK)
+
+    def require_settings(self) -> None:
+        """Raises StoreError where the store has other settings."""
+        if not os.path.lexists(self.folder / "store.json"):
+            raise StoreError(f"{self.folder}: it has shards but no store.json. Choose another folder.")
+        difference = self._difference()
+        if difference is not None:
+            raise StoreError(
+                f"{self.folder}: it was captured with other settings: {difference}. Choose another "
+                "folder, go back to those settings, or delete the folder to start anew."
+            )
 
     def groups(self) -> list[list[int]]:
         """The pairs of each shard."""
@@ -122,6 +142,9 @@ class ActivationWriter:
                 entry = {"sha256": sha256_of(part), "bytes": part.stat().st_size, "pairs": pairs}
                 path.with_suffix(".json").unlink(missing_ok=True)  # never beside another shard's content
             _write_json(path.with_suffix(".json"), entry)
+
+    def _difference(self) -> str | None:
+        return _difference(_settings(self.folder / "store.json").to_json(), self.settings.to_json())
 
     def _require_space(self, tokens: dict[str, int], latent: int = 0) -> None:
         pairs = [pair for group in self.missing() for pair in self._groups[group]]
@@ -286,11 +309,10 @@ class ActivationStore:
         path = _shard(self.folder, group)
         with _blame(path):
             _require_plain(path)
-            with safe_open(path, framework="pt") as file:
-                slices = {key: file.get_slice(key) for key in file.keys()}
-                found = {key: (part.get_dtype(), part.get_shape()) for key, part in slices.items()}
-                _check_layout(self.settings, self._groups[group], found)
-                value = file.get_tensor(name)[rows]  # the tensor is a view of the file, the rows a copy
+            file = TensorFile(path)
+            found = {key: (entry.dtype, entry.shape) for key, entry in file.entries.items()}
+            _check_layout(self.settings, self._groups[group], found)
+            value = file.read(name, [(row, row + 1) for row in rows])
             _check_values(name, value)
         return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -17,9 +18,10 @@ import pytest
 
 from safedig_core.cli import commands
 from safedig_core.cli.parser import main
-from safedig_core.dictionary.dictionary import Dictionary
+from safedig_core.dictionary.dictionary import Action, Dictionary
 from safedig_core.pocket.study import shipped
 from safedig_core.prompts import write_prompts
+from tests.tiny import rewritten, write_dictionary
 
 SMALL = ["--features", "96", "--k", "8", "--steps", "60", "--batch", "256"]
 
@@ -284,3 +286,16 @@ def test_bad_input_ends_in_one_line(
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
     assert complaint in error[0]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_that_cannot_show_a_letter_shows_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    dictionary = write_dictionary(tmp_path / "d.safetensors", [Action("text", "repel", "residual", 0.5)])
+    rewritten(dictionary, "t.safetensors", lambda card: setattr(card, "title", "\u0439\u9f8d"))
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["inspect", str(tmp_path / "t.safetensors")]) == 0
+    terminal.flush()
+    assert b"\\u0439\\u9f8d" in terminal.buffer.getvalue()  # type: ignore

@@ -8,8 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from safedig_core.dictionary.conflicts import conflicts
-from safedig_core.dictionary.dictionary import Action, Card, Dictionary, Domain, Gate, Witness, save_adapter
+from safedig_core.dictionary.conflicts import conflicts, losses
+from safedig_core.dictionary.dictionary import (
+    Action,
+    Card,
+    Dictionary,
+    DictionaryError,
+    Domain,
+    Gate,
+    Witness,
+    save_adapter,
+)
 from safedig_core.steering.steering import Steering
 from tests.tiny import TINY, write_dictionary
 
@@ -60,12 +69,43 @@ def test_domains_that_agree_on_shared_features_do_not_conflict(base: Dictionary)
     assert conflicts(both) == []
 
 
-def test_opposed_changes_of_shared_features_are_reported(base: Dictionary) -> None:
-    both = base.with_adapters(adapter(base, "shock", [1, 2], -own(base, [1, 2])))
-    assert conflicts(both) == [
-        f"'weapons' and 'shock' share 2 features at {AT} and move them in opposed directions (cosine -1.00): "
-        "where both are found, Blend does less"
+def test_opposed_changes_of_shared_features_are_reported(tmp_path: Path) -> None:
+    """weapons has six features, of which shock takes the changes of two back."""
+    base = write_dictionary(tmp_path / "blend.safetensors", [BLEND])
+    whole, two = own(base, list(range(6))), own(base, [1, 2])
+    left = 1 - (two.square().sum() / whole.square().sum()).item()
+    both = base.with_adapters(adapter(base, "shock", [1, 2], -two))
+    mine = [text for text in conflicts(both) if "for 'weapons'" in text]
+    assert mine == [
+        f"at {AT}, {left:.0%} of what Blend does for 'weapons' is left where all domains are found: "
+        "'shock' works against it"
     ]
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_an_adapter_that_works_against_its_bases_repel_is_reported(base: Dictionary, share: float) -> None:
+    back = share * base.sae(AT).decoder_weight[:6]
+    plain = base.with_adapters(adapter(base, "shock", list(range(6)), back))
+    plan = [REPEL, replace(BLEND, domain="shock")]
+    (loss,) = [loss for loss in losses(plain, plan) if loss.domain == "weapons"]
+    assert (loss.position, loss.operator, loss.culprit) == (AT, "repel", "shock")
+    assert loss.left == pytest.approx(1 - share, abs=1e-5)
+    assert losses(plain, plan, {"shock": 0.0}) == []
+    if share == 1.0:
+        with pytest.raises(DictionaryError, match="shock.safetensors: .* 0% of what Repel does"):
+            Steering(plain, plan)
+        Steering(plain, plan, modes={"shock": "observe"})
+
+
+def test_two_adapters_that_undo_it_together_are_refused(base: Dictionary) -> None:
+    """Also where the base repels the same features for two domains: that is done once."""
+    back = 0.45 * base.sae(AT).decoder_weight[:6]
+    paths = [adapter(base, name, list(range(6)), back) for name in ("shock", "fraud")]
+    plan = [REPEL, *(replace(BLEND, domain=name) for name in ("shock", "fraud"))]
+    Steering(base.with_adapters(paths[0]), plan[:2])
+    for repel in (REPEL, replace(REPEL, domain="")):
+        with pytest.raises(DictionaryError, match="of what Repel does for 'weapons'"):
+            Steering(base.with_adapters(*paths), [repel, *plan[1:]])
 
 
 def test_actions_of_an_adapter_that_the_plan_already_has_are_reported(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import os
 import pickle
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from safedig_core.dictionary import card as card_module
+from safedig_core.dictionary import dictionary as dictionary_module
+from safedig_core.dictionary.card import MAX_DOMAINS, MAX_PLAN
 from safedig_core.dictionary.dictionary import (
-    MAX_HEADER,
     Action,
     Card,
     Dictionary,
@@ -34,6 +36,7 @@ from safedig_core.dictionary.dictionary import (
 )
 from safedig_core.positions import Architecture
 from safedig_core.sae import SAE
+from safedig_core.tensors import MAX_HEADER
 
 ARCHITECTURE = Architecture("flux", (1, 1), 6, 4)
 FEATURES = {"text": 8, "single.0.img": 12}
@@ -345,6 +348,13 @@ def test_adapter_clash(path: Path, adapter: Path) -> None:
         assert str(adapter) in str(caught.value)
 
 
+def test_more_adapters_than_anyone_has(path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card_module, "MAX_DOMAINS", 2)
+    with pytest.raises(DictionaryError, match=r"it has 3 domains, and 2 is the most. Choose fewer") as caught:
+        Dictionary.open(path).with_adapters(adapter)
+    assert str(adapter) in str(caught.value)
+
+
 def test_adapter_of_another_file(path: Path, adapter: Path) -> None:
     card = make_card()
     card.title = "another"
@@ -626,6 +636,7 @@ CARD_CASES = [
     ("positions text quality", {"fvu": "low"}),
     ("positions text quality", {"fvu": True}),
     ("domains", []),
+    ("domains", {f"d{i}": {"features": {}} for i in range(MAX_DOMAINS + 1)}),
     ("domains weapons", Rename("../x")),
     ("domains weapons", Rename("Weapons")),
     ("domains weapons", Rename("")),
@@ -687,6 +698,7 @@ CARD_CASES = [
     ("domains weapons gate threshold", DROP),
     ("plan", {}),
     ("plan", [None]),
+    ("plan", [asdict(Action("text", "repel", "residual", 1.0))] * (MAX_PLAN + 1)),
     ("plan 0 position", "single.5.img"),
     ("plan 0 position", []),
     ("plan 0 operator", "delete"),
@@ -711,6 +723,11 @@ CARD_CASES = [
     ("title", "a\x1b[2Jb"),
     ("title", "\ud800"),
     ("title", "\u202efdp.exe"),
+    ("title", "a\n# b"),
+    ("title", "a\u2028b"),
+    ("title", "wea\u200bpons"),
+    ("title", "\u200fb"),
+    ("creator", "\u3164"),
     ("title", 1),
     ("source_sha256", "../../x"),
     ("source_sha256", 0),
@@ -852,6 +869,11 @@ def test_malformed_header_text(path: Path) -> None:
     for length in (0, 1, len(raw), 2**31, 2**63, 2**64 - 1):
         path.write_bytes(length.to_bytes(8, "little") + raw[8:])
         refused(path)
+
+
+def test_oversized_card(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dictionary_module, "MAX_CARD", 100)
+    refused(path, "its card is larger than")
 
 
 def test_oversized_header(path: Path) -> None:

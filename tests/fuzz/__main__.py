@@ -1,8 +1,8 @@
 """python -m tests.fuzz [--reader NAME ...] [--files N] [--seed N] [--engine mutations|atheris]
 
 Damages valid files, reads them under watch (watch.py), and ends with 1 and the file kept if a
-reader breaks a promise: another error than its own, over 1 s of CPU time, memory beyond a small
-multiple of the file, or anything written, executed or fetched. `--engine atheris` (Linux, `pip
+reader breaks a promise: another error than its own, over 1 s of CPU time and 8 s for each MiB, memory
+beyond a small multiple of the file, or anything written, executed or fetched. `--engine atheris` (Linux, `pip
 install atheris`) lets coverage guide the damage.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-PATIENCE = 30  # seconds of wall time until a hang is ended with a stack trace
+PATIENCE = 600  # seconds until a hang is ended with a stack trace: of wall time, which busy machines need
 
 
 def limit_memory() -> None:

@@ -23,6 +23,7 @@ ODD: list[Any] = [None, True, False, *NUMBERS, *TEXTS, [], {}, [[]], {"": 0}, [0
 SPECIAL = [b"\x00" * 8, b"\xff" * 8, b"\x00\x00\xc0\x7f", b"\x80\x7f", b"\x00\x00\x80\xff", b"[" * 5000]
 SPECIAL += [b"PK\x03\x04", b"\x80\x04", b"\xef\xbb\xbf", b"\r", b'"', b",", b"\n", b"{}", b"\xf0\x28\x8c\x28"]
 MOST = 1 << 20  # bytes of a file
+GROWN = [1 << 13, 1 << 16, 1 << 19]  # bytes that what is grown comes to, about
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 
 
@@ -37,9 +38,56 @@ def mutate(rng: Random, data: bytes, name: str) -> bytes:
         kinds += [damage_zip] * 3
     elif name.endswith(".jsonl"):
         kinds += [damage_lines, damage_lines]
+    if rng.random() < 0.1:
+        data = grow(rng, data, name)
+        if rng.random() < 0.7:
+            return data
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         data = rng.choice(kinds)(rng, data)
     return data
+
+
+def grow(rng: Random, data: bytes, name: str) -> bytes:
+    """A far larger file, in which one thing is there many times."""
+    size = rng.choice(GROWN)
+    try:
+        if name.endswith(".safetensors"):
+            header, body = _split(data)
+            if rng.random() < 0.1:
+                return _join(json.dumps(grow_value(rng, header, size)), body)
+            for key, text in header.get("__metadata__", {}).items():
+                header["__metadata__"][key] = json.dumps(grow_value(rng, json.loads(text), size))
+            return _join(json.dumps(header), body)
+        if name.endswith(".json"):
+            return json.dumps(grow_value(rng, json.loads(data), size)).encode()
+    except (ValueError, RecursionError, AttributeError, TypeError):
+        return data * 2  # earlier damage is in the way
+    lines = data.split(b"\n")
+    line = rng.choice([*lines, b"", b"a", b",", b'"', b"["])
+    gap = rng.choice([b"", b"\n", b"\r", b"\n"])
+    times = min(size // (len(line) + 1) + 1, MOST)
+    more = gap.join(line.replace(b"a", b"a%x" % i, 1) for i in range(times))
+    return b"\n".join([*lines[: rng.randrange(len(lines)) + 1], more, b""])
+
+
+def grow_value(rng: Random, value: Any, size: int) -> Any:
+    """JSON in which one list or object has its entries many times; in objects under other names."""
+    root = [copy.deepcopy(value)]
+    node: Any = root
+    while True:
+        entries = node.values() if isinstance(node, dict) else node
+        inner = [entry for entry in entries if isinstance(entry, (dict, list)) and entry]
+        if not inner or (node is not root and rng.random() < 0.3):
+            break
+        node = rng.choice(inner)
+    times = size // len(json.dumps(node)) + 1
+    if isinstance(node, dict):
+        node |= {f"{key}{i}": entry for i in range(times) for key, entry in [*node.items()]}
+    elif node and all(type(entry) is int for entry in node):
+        node[:] = range(size // 6)
+    else:
+        node *= times
+    return root[0]
 
 
 def damage_bytes(rng: Random, data: bytes) -> bytes:

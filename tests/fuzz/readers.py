@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from safedig_core.dictionary.card import card_text
+from safedig_core.dictionary.conflicts import conflicts
 from safedig_core.dictionary.dictionary import (
     Action,
     Card,
@@ -35,10 +36,12 @@ from safedig_core.hub.index import (
 from safedig_core.interop.formats import ForeignError, read_foreign
 from safedig_core.positions import Architecture
 from safedig_core.prompts import PromptError, PromptPair, read_prompts, write_prompts
+from safedig_core.steering.calibration import CalibrationError, read_calibration
 from safedig_core.steering.steering import Steering
 from safedig_core.store.store import ActivationStore, ActivationWriter, StoreError, StoreSettings
 from tests.tiny import write_dictionary
 
+CALIBRATED = "d.0123456789ab.calibration.json"
 SMALL = Architecture("flux", (1, 1), 4, 4)
 PLAN = [Action("text", "repel", "residual", 0.5, (1.0, 0.5)), Action("single.0.img", "blend", "paper", 1.0)]
 PAIRS = [
@@ -79,6 +82,7 @@ def make_adapter(folder: Path) -> None:
 def use(dictionary: Dictionary) -> None:
     """Everything that the nodes and the command line do with one."""
     card_text(dictionary.card)
+    conflicts(dictionary)
     json.dumps(dictionary.card.to_json(), allow_nan=False)
     dictionary.with_domains({})
     for position in dictionary.card.positions:
@@ -206,6 +210,13 @@ def read_results(folder: Path) -> None:
     str(read_safety(folder / "results.json").headline)
 
 
+def make_calibration(folder: Path) -> None:
+    threshold = {"sha256": "ab" * 32, "threshold": 4.5, "forms": {"single": [1, 20], "other": [0, 4]}}
+    variant = {"model": "flux 0123456789abcdef", "steps": 20, "cfg": 1.0, "sigmas": "1 0.5 0"}
+    found = {"format": 1, "variant": variant, "domains": {"weapons": threshold}, "prompts_sha256": "cd" * 32}
+    (folder / CALIBRATED).write_text(json.dumps(found))
+
+
 def make_learning(folder: Path) -> None:
     g = torch.Generator().manual_seed(0)
     tensors = {
@@ -240,6 +251,12 @@ READERS = {
         make_saelens, ("sae_weights.safetensors", "cfg.json"), read_foreign, ForeignError, blames_folder=True
     ),
     "index": Reader(make_index, ("index.json",), read_entries, IndexFileError),
+    "calibration": Reader(
+        make_calibration,
+        (CALIBRATED,),
+        lambda folder: str(read_calibration(folder / CALIBRATED)),
+        CalibrationError,
+    ),
     "results": Reader(make_results, ("results.json",), read_results, ResultsError),
     "prompts": Reader(make_prompts, ("p.jsonl", "p.csv"), read_both, PromptError),
     "store": Reader(

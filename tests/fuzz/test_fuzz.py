@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safedig_core.dictionary.card import MAX_DOMAINS
 from tests.fuzz.__main__ import Bench
 from tests.fuzz.mutate import mutate
 from tests.fuzz.readers import READERS
@@ -62,6 +64,77 @@ def test_damage_led_by_coverage_breaks_no_promise() -> None:
     run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
     assert f"number_of_executed_units: {25 * len(READERS)}" in run.stderr
+
+
+# small files that are much work
+
+
+def with_card(raw: bytes, **changes: object) -> bytes:
+    """A dictionary's content, its card's entries replaced."""
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["__metadata__"]["safedig"] = json.dumps(json.loads(header["__metadata__"]["safedig"]) | changes)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + raw[8 + length :]
+
+
+def with_settings(raw: bytes, **changes: object) -> bytes:
+    return json.dumps(json.loads(raw) | changes).encode()
+
+
+MUCH = {
+    "domains": ("dictionary", "d.safetensors", "65536 domains, and 64 is the most"),
+    "plan": ("dictionary", "d.safetensors", "30000 actions in its plan, and 1024 is the most"),
+    "training": ("dictionary", "d.safetensors", "its card is larger than 4 MiB"),
+    "store": ("store", "store.json", "more than 65536 prompts"),
+    "spans": ("store", "store.json", "more than 1048576 spans"),
+    "lines": ("prompts", "p.jsonl", "more than 65536 lines"),
+    "blank lines": ("prompts", "p.jsonl", "more than 65536 lines"),
+    "blank rows": ("prompts", "p.csv", "more than 65536 lines"),
+    "a line": ("prompts", "p.jsonl", "line 1 has more than 65536 bytes"),
+}
+
+
+def much(what: str, raw: bytes) -> bytes:
+    action = {"position": "text", "operator": "repel", "form": "paper", "strength": 1}
+    match what:
+        case "domains":
+            return with_card(raw, domains={f"d{i}": {"features": {}, "gate": None} for i in range(65536)})
+        case "plan":
+            return with_card(raw, plan=[action] * 30_000)
+        case "training":
+            return with_card(raw, training={str(i): [[]] * 1000 for i in range(1100)})
+        case "store":
+            return with_settings(raw, prompts=[["safe", f"{i}", None] for i in range(200_000)])
+        case "spans":
+            return with_settings(raw, spans=[[[0, 0]] * 400_000] * 3)
+        case "lines":
+            return b"".join(b'{"domain":"safe","safe":"%x"}\n' % i for i in range(200_000))
+        case "blank lines":
+            return b"\n" * (16 << 20)
+        case "blank rows":
+            return b"domain,safe\n" + (b"\r" * 60_000 + b"\n") * 200
+        case _:
+            return b"[" * (16 << 20)
+
+
+@pytest.mark.parametrize("what", MUCH)
+def test_small_files_that_are_much_work_are_refused_in_time(bench: Bench, what: str) -> None:
+    """With time and memory in proportion to their size."""
+    name, victim, message = MUCH[what]
+    refusal = bench.try_one(name, victim, much(what, bench.valid[name][victim]))
+    assert refusal is not None and message in refusal, refusal
+
+
+def test_as_much_as_is_allowed_is_read_in_time(bench: Bench) -> None:
+    raw, most = bench.valid["dictionary"]["d.safetensors"], MAX_DOMAINS
+    length = int.from_bytes(raw[:8], "little")
+    card = json.loads(json.loads(raw[8 : 8 + length])["__metadata__"]["safedig"])
+    domains = {f"d{i}": card["domains"]["weapons"] for i in range(most - 2)}
+    content = with_card(raw, domains=card["domains"] | domains)
+    assert bench.try_one("dictionary", "d.safetensors", content) is None
+    lines = b"".join(b'{"domain":"safe","safe":"%x"}\n' % i for i in range(10_000))
+    assert bench.try_one("prompts", "p.jsonl", lines) is None
 
 
 # the watch itself

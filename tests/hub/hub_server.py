@@ -4,6 +4,7 @@ redirects to a store on another host, error codes, and the API of create_repo an
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -23,7 +25,9 @@ class FakeHub:
         self.refused: dict[str, tuple[int, dict[str, str]]] = {}  # repository -> status and headers
         self.requests: list[tuple[str, str, dict[str, str]]] = []  # method, path, headers
         self.said_commit = ""  # in place of the true one
+        self.sent = 0  # bytes of send_too_much
         self.token = ""  # without it, uploads are refused
+        self.elsewhere: dict[str, str] = {}  # where a repository's contents are, in place of the store
         self.store: Callable[[Handler, bytes], None] = Handler.send_range
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
@@ -124,7 +128,8 @@ class Handler(BaseHTTPRequestHandler):
         data = by_hash[revision][name]
         self.answer(
             302,
-            Location=f"http://localhost:{self.hub.port}/store/{repo}/{revision}/{name}",
+            Location=self.hub.elsewhere.get(repo, f"http://localhost:{self.hub.port}")
+            + f"/store/{repo}/{revision}/{name}",
             X_Repo_Commit=self.hub.said_commit or revision,
             X_Linked_Size=str(len(data)),
             X_Linked_Etag=f'"{hashlib.sha256(data).hexdigest()}"',
@@ -157,6 +162,34 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(part[: len(part) // 2])
         self.wfile.flush()
         self.close_connection = True
+
+    def send_packed(self, data: bytes, status: int = 206) -> None:
+        """As a server that packs what must not be packed."""
+        self.answer(status, bomb(), Content_Encoding="gzip", Content_Type="application/json")
+
+    def send_packed_error(self, data: bytes) -> None:
+        self.send_packed(data, 403)
+
+    def send_too_much(self, data: bytes) -> None:
+        """64 MiB, whatever was asked for."""
+        self.send_response(206)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for _ in range(64):
+            self.wfile.write(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
+            self.hub.sent += 1 << 20
+        self.wfile.write(b"0\r\n\r\n")
+
+    def send_drops(self, data: bytes) -> None:
+        """A byte at a time, never silent for long."""
+        part, headers = self.part(data)
+        self.send_response(206)
+        for name, value in {"Content-Length": str(len(part)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        for byte in part:
+            self.wfile.write(bytes([byte]))
+            time.sleep(0.05)
 
     def do_POST(self) -> None:
         path = self.take()
@@ -195,6 +228,12 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"success": True, "commitOid": done, "commitUrl": url, "hookOutput": ""})
         else:
             self.answer(404)
+
+
+@cache
+def bomb() -> bytes:
+    """Some kilobytes that become 64 MiB."""
+    return gzip.compress(bytes(64 << 20))
 
 
 def once(first: Callable[[Handler, bytes], None]) -> Callable[[Handler, bytes], None]:

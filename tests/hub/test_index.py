@@ -31,10 +31,12 @@ ROW = {
     "prompt_asr": SHARE_OF, "paired_recovery": {"weapons": -0.5, "overall": None},
     "safe_object_kept": 1.0, "safe_prompt_detected": None, "safe_prompt_identical": 1.0,
     "by_form": {"weapons/known": KNOWN, "safe/single": SAFE_FORM},
-    "fid": 0.0, "artefact_rate": 0.0, "time_ratio": 1.0,
+    "fid": 0.0, "artefact_rate": 0.0, "time_ratio": 1.0, "fit": {"clip": 31.5},
 }  # fmt: skip
 R = ("safety", "rows", 1)
-SAFETY = {"model": "tiny", "seed": 0, "rows": [ROW, ROW | {"method": "safedig-residual"}]}
+JUDGE = {"name": "nudenet", "version": "3.4.2", "thresholds": {"BUTTOCKS_EXPOSED": 0.6}}
+ROWS = [ROW, ROW | {"method": "safedig-residual"}]
+SAFETY = {"model": "tiny", "seed": 0, "rows": ROWS, "evaluators": [JUDGE]}
 HUB = {"repo": "some.one/tiny-weapons", "revision": "0123456789" * 4, "file": "dictionaries/tiny.safetensors"}
 ENTRY = {
     "id": "tiny-weapons", "title": "Weapons for the tiny model", "family": "flux",
@@ -127,9 +129,10 @@ def test_what_does_not_belong_is_refused_by_reader_and_schema(path: tuple, value
         (json.dumps(INDEX | {"entries": [ENTRY, ENTRY]}), "an id twice"),
         (json.dumps(changed((*E, "base"), "tiny-weapons")), "not another entry's id"),
         (json.dumps(changed((*E, "safety", "rows"), [ROW, ROW])), "safety.rows"),
+        (json.dumps(changed((*E, "hub", "file"), "a/Nul.x.safetensors")), "can't be a file on Windows"),
         ('{"format": 2, "entries": ' + "[" * 5000 + "]" * 5000 + "}", "recursion|nested"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_what_a_schema_can_not_say_is_refused_too(text: str, fault: str) -> None:
     with pytest.raises((ValueError, RecursionError), match=fault):

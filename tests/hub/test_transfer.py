@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from safedig_core.hub import transfer as hub
 from safedig_core.hub.index import Entry, Location, Reference, index_text, parse_index
 from safedig_core.hub.transfer import HubError, fetch, local_path
 from tests.hub import test_index
-from tests.hub.hub_server import FakeHub, Handler, held, once
+from tests.hub.hub_server import FakeHub, Handler, bomb, held, once
 from tests.tiny import write_dictionary
 
 REPO, NAME = "some-one/tiny", "sub/tiny.safetensors"
@@ -109,10 +110,24 @@ def test_nothing_is_written_through_links(server: FakeHub, tmp_path: Path) -> No
     folder = tmp_path / "folder"
     folder.mkdir()
     path = local_path(reference(server), folder)
-    for name in (path, path.with_suffix(".part")):
+    for name in (path, path.with_suffix(".part"), path.with_suffix(".lock")):
         name.symlink_to(outside)
     assert fetch(reference(server), folder) == path
     assert outside.read_bytes() == b"mine" and not path.is_symlink() and path.read_bytes() == DATA
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_pipes_in_the_way_are_removed(server: FakeHub, tmp_path: Path) -> None:
+    path = local_path(reference(server), tmp_path)
+    for place in (path, path.with_suffix(".part"), path.with_suffix(".lock")):
+        os.mkfifo(place)
+    assert fetch(reference(server), tmp_path).read_bytes() == DATA
+
+
+def test_a_folder_that_can_not_be_written_to_is_told_in_words(server: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / "hub").write_bytes(b"")
+    with pytest.raises(HubError, match="Check the name, the disk and the permissions"):
+        fetch(reference(server), tmp_path / "hub")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +189,7 @@ def test_the_token_goes_to_the_hub_alone(
 def test_a_broken_connection_is_taken_up_again(server: FakeHub, tmp_path: Path) -> None:
     server.store = once(Handler.send_cut)
     assert fetch(reference(server), tmp_path).read_bytes() == DATA
-    assert server.ranges()[:2] == ["bytes=0-4095"] * 2 and len(server.ranges()) == 4
+    assert server.ranges()[:2] == ["bytes=0-4095", "bytes=2048-4095"] and len(server.ranges()) == 4
 
 
 class Stop(Exception):
@@ -243,6 +258,67 @@ def test_a_slow_server_is_asked_again(
     done.set()
 
 
+@pytest.mark.parametrize(
+    ("store", "message"),
+    [
+        (Handler.send_packed, r"packed \(gzip\)"),
+        (Handler.send_packed_error, "refuses access"),
+        (Handler.send_too_much, "more than the 4096 bytes asked for"),
+    ],
+    ids=["packed", "packed error", "too much"],
+)
+def test_of_an_answer_no_more_is_read_than_was_asked_for(
+    server: FakeHub, tmp_path: Path, store: Any, message: str
+) -> None:
+    server.store = store
+    bomb()
+    tracemalloc.start()
+    try:
+        with pytest.raises(HubError, match=message):
+            fetch(reference(server), tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert server.sent < 32 << 20 and peak < 16 << 20
+    assert sum(map(len, left(tmp_path).values())) == 0
+
+
+def test_a_byte_at_a_time_is_too_slow(
+    server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    server.store = Handler.send_drops
+    began = time.monotonic()
+    with pytest.raises(HubError, match="silent, or slower than 16 KiB a second.*is kept"):
+        fetch(reference(server), tmp_path)
+    assert time.monotonic() < began + 60  # a part takes 200 s
+
+
+TRY = (
+    "from safedig_core.hub.index import Reference; from pathlib import Path\n"
+    "for text in sys.argv[2:]:\n"
+    "    try: hub.fetch(Reference.parse(text), Path(sys.argv[1])); print('FETCHED')\n"
+    "    except hub.HubError as error: print(error)"
+)
+
+
+def test_redirects_into_the_private_network_are_refused(server: FakeHub, tmp_path: Path) -> None:
+    """A Hub that this machine reaches through a proxy alone, so that its address is not a private one."""
+    places = ["http://127.0.0.1:1", "http://169.254.169.254", "http://[::1]:1", "http://2130706433"]
+    places += ["ftp://store.invalid", "http://store.invalid"]
+    for number, place in enumerate(places):
+        repo = f"some-one/{number}"
+        server.put(repo, {NAME: DATA})
+        server.elsewhere[repo] = place
+    asked = [reference(server, repo=repo, revision=server.commits[repo][0][0]) for repo in server.elsewhere]
+    through = {name: server.url for name in ("HTTP_PROXY", "http_proxy")} | {"NO_PROXY": "", "no_proxy": ""}
+    child = process(server, TRY, tmp_path, *asked, HF_ENDPOINT="http://hub.invalid", **through)
+    said = child.communicate(timeout=60)[0].splitlines()
+    assert all("redirects to" in line and "private network" in line for line in said[:4]), said
+    assert "redirects to what is no https address" in said[4] and said[5:] == ["FETCHED"], said
+    assert len(server.ranges()) == 1
+
+
 def test_wrong_bytes_are_refused_and_removed(server: FakeHub, tmp_path: Path) -> None:
     server.store = Handler.send_wrong
     with pytest.raises(HubError, match=f"tiny.safetensors: .* not what was asked for .*{SHA256}.* removed"):
@@ -263,7 +339,7 @@ def test_a_part_that_is_not_ours_is_found_out(server: FakeHub, tmp_path: Path) -
 
 def test_a_server_without_ranges_is_refused_for_large_files(server: FakeHub, tmp_path: Path) -> None:
     server.store = Handler.send_whole
-    with pytest.raises(HubError, match="sent 10000 bytes where 4096 were asked for"):
+    with pytest.raises(HubError, match="sends more than the 4096 bytes asked for"):
         fetch(reference(server), tmp_path)
     hub.BLOCK = 1 << 20  # put back by the fixture
     assert fetch(reference(server), tmp_path).read_bytes() == DATA

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from safedig_core.dictionary.dictionary import Action
+from safedig_core.families import FAMILIES
 from tests.hub.hub_server import FakeHub
 from tests.nodes import real, standin
 from tests.nodes.server import Server
@@ -82,6 +83,6 @@ def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
             yield real.World(monkeypatch)
 
 
-@pytest.fixture(params=["flux", "sd3"])
+@pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from safedig_core.dictionary.dictionary import Action
 from tests.nodes.server import Result, Server
-from tests.tiny import TINY, TINY_SD3, write_dictionary
+from tests.tiny import TINIES, write_dictionary
 
 Ref = list  # [node, output]
 
@@ -31,7 +31,8 @@ Ref = list  # [node, output]
 STEERED, CLEAR, TOLD, RULE = "steered", "clear", "told", "rule"
 REFUSAL = re.compile(r"(Apply Blend/Repel Steering|Steering Receipt)\b.*|stopped: ", re.DOTALL)
 
-POSITIONS = {"flux": ("double.0.txt", "double.1.img", "single.0.img"), "sd3": ("joint.0.txt", "joint.1.img")}
+_OF_FLUX = "double.0.txt", "double.1.img", "single.0.img"
+POSITIONS = {"flux": _OF_FLUX, "sd3": ("joint.0.txt", "joint.1.img"), "chroma": _OF_FLUX, "flux2": _OF_FLUX}
 POCKET = "pocket-flux"
 WITNESSES = ("text", "double.1.img")  # of the dictionary that ships for it
 SIDE = 128  # px, of all pictures
@@ -43,9 +44,9 @@ def write_files(base: Path) -> None:
     """Dictionaries, a LoRA and a picture, where ComfyUI looks for them."""
     folder = base / "models" / "safedig"
     (base / "models" / "loras").mkdir(parents=True, exist_ok=True)
-    for family, architecture in (("flux", TINY), ("sd3", TINY_SD3)):
+    for family, architecture in TINIES.items():
         plan = [Action(position, "repel", "residual", 1.0) for position in POSITIONS[family]]
-        for name, threshold in (("hot", 0.0), ("cold", 1e9)):
+        for name, threshold in (("hot", 0.0), ("cold", 1e4)):
             path = folder / f"{name}-{family}.safetensors"
             write_dictionary(path, plan, architecture=architecture, threshold=threshold)
     other = [Action(position, "repel", "residual", 1.0) for position in ("double.0.img", "single.1.txt")]
@@ -111,7 +112,8 @@ class Build:
     def latent(self, images: int = 0, width: int = 0, height: int = 0) -> Ref:
         images = images or (1 if self.pocket else 2)
         size = {"width": width or SIDE, "height": height or SIDE}
-        return self.add("EmptySD3LatentImage", f"latent {images} {size}", **size, batch_size=images)
+        kind = "EmptyFlux2LatentImage" if self.family == "flux2" else "EmptySD3LatentImage"
+        return self.add(kind, f"latent {images} {size}", **size, batch_size=images)
 
     def steered(
         self, model: Ref | None = None, name: str = "apply", select: dict | None = None, **given: Any
@@ -140,7 +142,7 @@ class Build:
             "denoise": 1.0,
         }
         if self.pocket:
-            usual |= {"steps": 8, "cfg": 2.5}
+            usual |= {"steps": 8, "cfg": 4.0}
         for of, called in (("positive", "risky"), ("negative", "negative")):
             given.setdefault(of, None)
             given[of] = given[of] or self.text(called)

@@ -35,6 +35,7 @@ from tests.nodes.server import Server
 GRAPHS: list[Graph] = []
 KEEPING = ("--cache-lru", "200")  # results are kept for longer than a prompt, as some users have it
 BOTH = ("flux", "sd3")
+ALL = (*BOTH, "chroma", "flux2")
 
 
 def graph(expect: str, *families: str, **given: Any) -> Callable[[Callable], Callable]:
@@ -70,7 +71,7 @@ def _named(name: str, build: Callable[[Build], None]) -> Callable[[Build], None]
 # Ordinary graphs.
 
 
-@graph(STEERED, *BOTH, POCKET, judged=True)
+@graph(STEERED, *ALL, POCKET, judged=True)
 def ordinary(b: Build) -> None:
     b.simple()
 
@@ -80,7 +81,7 @@ def a_harmless_prompt(b: Build) -> None:
     b.simple(positive=b.text("safe"))
 
 
-@graph(CLEAR, *BOTH)
+@graph(CLEAR, *ALL)
 def nothing_found(b: Build) -> None:
     b.show(b.sampled(b.steered(dictionary=f"cold-{b.family}.safetensors")))
 
@@ -90,12 +91,12 @@ def bfloat16(b: Build) -> None:
     b.show(b.sampled(b.steered(b.model(dtype="bfloat16"))))
 
 
-@graph(STEERED, *BOTH)
+@graph(STEERED, *ALL)
 def guidance_of_one_runs_no_negative(b: Build) -> None:
     b.simple(cfg=1.0)
 
 
-@each(STEERED, {"both": "both", "negative": "negative"}, *BOTH)
+@each(STEERED, {"both": "both", "negative": "negative"}, *ALL)
 def branch(b: Build, which: str) -> None:
     b.show(b.sampled(b.steered(branch=which)))
 
@@ -120,7 +121,7 @@ def stopped(b: Build) -> None:
     b.show(b.sampled(b.steered(action="stop")))
 
 
-@graph(STEERED, *BOTH)
+@graph(STEERED, *ALL)
 def size_that_patches_do_not_divide(b: Build) -> None:
     b.simple(latent_image=b.latent(2, 136, 104))
 
@@ -160,7 +161,7 @@ def together(b: Build, first: Ref, second: Ref) -> Ref:
 REGIONS = {"area": area, "area percentage": share, "mask": masked, "mask bounds": bounded}
 
 
-@each(STEERED, REGIONS, *BOTH)
+@each(STEERED, REGIONS, *ALL)
 def positive_in_a_region_and_another_everywhere(b: Build, region: Callable) -> None:
     b.simple(positive=together(b, region(b, b.text("risky")), b.text("safe")))
 
@@ -201,7 +202,7 @@ def both_prompts_in_the_same_region(b: Build, region: Callable) -> None:
     b.simple(positive=region(b, b.text("risky")), negative=region(b, b.text("negative")))
 
 
-@each(STEERED, {"area": area, "area percentage": share}, *BOTH)
+@each(STEERED, {"area": area, "area percentage": share}, *BOTH, "chroma")  # FLUX.2's latents are larger
 def both_prompts_in_regions_of_their_own(b: Build, region: Callable) -> None:
     positive = together(b, region(b, b.text("risky")), b.text("safe"))
     negative = together(
@@ -243,7 +244,7 @@ def pair_in_a_mask_and_another_everywhere(b: Build, bounds: str) -> None:
 # Default conditionings, hooks, timestep ranges, and what else is done to prompts.
 
 
-@graph(STEERED, *BOTH)
+@graph(STEERED, *ALL)
 def default_prompt_around_a_mask(b: Build) -> None:
     given = {"cond": masked(b, b.text("risky")), "cond_DEFAULT": b.text("safe")}
     b.simple(positive=b.add("ConditioningSetDefaultCombine", **given))
@@ -309,7 +310,7 @@ def during(b: Build, prompt: Ref, start: float, end: float) -> Ref:
     return b.add("ConditioningSetTimestepRange", conditioning=prompt, start=start, end=end)
 
 
-@graph(STEERED, *BOTH)
+@graph(STEERED, *ALL)
 def one_positive_after_the_other(b: Build) -> None:
     first, second = during(b, b.text("risky"), 0.0, 0.5), during(b, b.text("safe"), 0.5, 1.0)
     b.simple(positive=together(b, first, second), steps=6)
@@ -356,7 +357,7 @@ def region_for_a_while(b: Build) -> None:
     b.simple(positive=together(b, region, b.text("safe")), steps=6)
 
 
-@graph(STEERED, *BOTH)
+@graph(STEERED, *ALL)
 def concatenated_prompts(b: Build) -> None:
     given = {"conditioning_to": b.text("risky"), "conditioning_from": b.text("safe")}
     b.simple(positive=b.add("ConditioningConcat", **given))
@@ -386,12 +387,12 @@ def a_box_of_gligen(b: Build) -> None:
     b.simple(positive=b.add("TestGligen", conditioning=b.text("risky")))
 
 
-@graph(STEERED, *BOTH, unseen=True)
+@graph(STEERED, *ALL, unseen=True)
 def controlnet(b: Build) -> None:
     b.simple(positive=b.add("TestControl", conditioning=b.text("risky"), model=b.model(), tokens=64))
 
 
-@graph(STEERED)
+@graph(STEERED, "flux", "flux2")
 def reference_latents(b: Build) -> None:
     b.simple(positive=b.add("ReferenceLatent", conditioning=b.text("risky"), latent=b.latent(1, 96, 64)))
 
@@ -500,7 +501,7 @@ def halves(b: Build, first: Ref, second: Ref) -> Ref:
     return b.add("KSamplerAdvanced", "second", model=second, latent_image=half, **usual, **late)
 
 
-@graph(STEERED, *BOTH)
+@graph(STEERED, *ALL)
 def two_halves_of_a_schedule(b: Build) -> None:
     b.show(halves(b, b.steered(), b.steered()))
 
@@ -515,7 +516,7 @@ def second_half_on_the_plain_model(b: Build) -> None:
     b.show(halves(b, b.steered(), b.model()))
 
 
-@graph(STEERED, *BOTH)
+@graph(STEERED, *ALL)
 def upscaled_and_sampled_again(b: Build) -> None:
     model = b.steered()
     larger = {"upscale_method": "bilinear", "width": 192, "height": 160, "crop": "disabled"}

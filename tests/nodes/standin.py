@@ -23,6 +23,12 @@ from torch import Tensor, nn
 POOLED = 8  # width of the prompt's vector
 
 
+def latent_shape(model: Any, images: int, size: int) -> tuple[int, int, int, int]:
+    """Of pictures of 8 `size` pixels, for a ModelPatcher here or of ComfyUI."""
+    side = size * model.model.diffusion_model.patch_size // 2  # a token is 16 pixels wide in every family
+    return images, model.model.latent_format.latent_channels, side, side
+
+
 def _mix(width: int) -> nn.Linear:
     return nn.Linear(width, width)
 
@@ -30,11 +36,11 @@ def _mix(width: int) -> nn.Linear:
 class FluxDouble(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.own, self.across = _mix(width), _mix(width)
+        self.img_mlp, self.across = nn.Sequential(_mix(width)), _mix(width)
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor) -> tuple[Tensor, Tensor]:
         both = torch.cat([txt, img], 1).mean(1, keepdim=True)
-        return img + torch.tanh(self.own(img + vec) + self.across(both)), txt + torch.tanh(
+        return img + torch.tanh(self.img_mlp(img + vec) + self.across(both)), txt + torch.tanh(
             self.across(txt + both)
         )
 
@@ -54,32 +60,44 @@ class JointBlock(FluxDouble):
     def __init__(self, width: int, last: bool):
         super().__init__(width)
         self.last = last
+        self.x_block = nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": self.img_mlp[0]})})
 
     def forward(self, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor | None, Tensor]:
         image, text = super().forward(x, context, c)
         return None if self.last else text, image
 
 
-def _tokens(x: Tensor) -> Tensor:
-    return nn.functional.unfold(x, 2, stride=2).transpose(1, 2)
+def _tokens(x: Tensor, patch: int = 2) -> Tensor:
+    return nn.functional.unfold(x, patch, stride=patch).transpose(1, 2)
 
 
-def _latent(tokens: Tensor, like: Tensor) -> Tensor:
-    return nn.functional.fold(tokens.transpose(1, 2), like.shape[-2:], 2, stride=2)
+def _latent(tokens: Tensor, like: Tensor, patch: int = 2) -> Tensor:
+    return nn.functional.fold(tokens.transpose(1, 2), like.shape[-2:], patch, stride=patch)
+
+
+class MLPEmbedder(nn.Module):
+    def __init__(self, given: int, width: int):
+        super().__init__()
+        self.in_layer = nn.Linear(given, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.in_layer(x)
 
 
 class Flux(nn.Module):
-    """2 double and 2 single blocks of width 32, prompts of width 16, latents of 16 channels."""
+    """2 double and 2 single blocks of width 32, prompts of width 16; FLUX.2's takes no vector, and latents
+    of 128 channels as they are."""
 
-    patch_size, hidden_size = 2, 32
-    params = SimpleNamespace(context_in_dim=16, vec_in_dim=POOLED)
+    hidden_size = 32
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 16, patch: int = 2, vector: bool = True) -> None:
         super().__init__()
-        self.img_in, self.txt_in, self.vector_in = nn.Linear(64, 32), nn.Linear(16, 32), nn.Linear(POOLED, 32)
+        self.patch_size, seen = patch, channels * patch**2
+        self.img_in, self.txt_in = nn.Linear(seen, 32), nn.Linear(16, 32)
+        self.vector_in = MLPEmbedder(POOLED, 32) if vector else None
         self.double_blocks = nn.ModuleList(FluxDouble(32) for _ in range(2))
         self.single_blocks = nn.ModuleList(FluxSingle(32) for _ in range(2))
-        self.final_layer = nn.Linear(32, 64)
+        self.final_layer = nn.Linear(32, seen)
 
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None, options: dict, control: Any, refs: list
@@ -91,10 +109,12 @@ class Flux(nn.Module):
         self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None, options: dict, control: Any, refs: list
     ):
         replaced = options.get("patches_replace", {}).get("dit", {})
-        img = torch.cat([self.img_in(_tokens(x)), *(self.img_in(_tokens(r)) for r in refs)], 1)
-        y = torch.zeros(len(x), POOLED, dtype=x.dtype) if y is None else y
-        txt = self.txt_in(context)
-        vec = (t[:, None] + self.vector_in(y[:, : self.params.vec_in_dim]))[:, None]
+        img = torch.cat([self.img_in(_tokens(one, self.patch_size)) for one in (x, *refs)], 1)
+        txt, vec = self.txt_in(context), t[:, None]
+        if self.vector_in is not None:
+            y = torch.zeros(len(x), POOLED, dtype=x.dtype) if y is None else y
+            vec = vec + self.vector_in(y[:, :POOLED])
+        vec = vec[:, None]
         for i, block in enumerate(self.double_blocks):
             if ("double_block", i) in replaced:
 
@@ -120,8 +140,12 @@ class Flux(nn.Module):
                 img = replaced["single_block", i](args, {"original_block": original})["img"]
             else:
                 img = block(img, vec)
-        own = img[:, txt.shape[1] :][:, : _tokens(x).shape[1]]
-        return _latent(self.final_layer(own), x)
+        own = img[:, txt.shape[1] :][:, : _tokens(x, self.patch_size).shape[1]]
+        return _latent(self.final_layer(own), x, self.patch_size)
+
+
+class Chroma(Flux):
+    pass
 
 
 class VectorEmbedder(nn.Module):
@@ -187,7 +211,8 @@ def _wrappers(options: dict, kind: str) -> list[Callable]:
 
 
 class LatentFormat:
-    latent_channels = 16
+    def __init__(self, channels: int = 16):
+        self.latent_channels = channels
 
     def process_in(self, latent: Tensor) -> Tensor:
         return (latent - 0.1) * 0.5
@@ -197,11 +222,11 @@ class LatentFormat:
 
 
 class BaseModel(nn.Module):
-    latent_format = LatentFormat()
+    least_tokens = 0  # of a prompt, with zeros in front
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: nn.Module, channels: int = 16):
         super().__init__()
-        self.diffusion_model = transformer
+        self.diffusion_model, self.latent_format = transformer, LatentFormat(channels)
 
     def apply_model(
         self, x: Tensor, t: Tensor, c_concat=None, c_crossattn=None, control=None, options=None, **kw
@@ -214,6 +239,10 @@ class BaseModel(nn.Module):
         parts = (v if v is None else v.to(x.device, dtype) for v in (x, t, c_crossattn, y))
         velocity = self.diffusion_model(*parts, options, control, list(refs))
         return x - t[:, None, None, None] * velocity.float()
+
+
+class Flux2(BaseModel):
+    least_tokens = 512
 
 
 CPU = torch.device("cpu")
@@ -235,6 +264,7 @@ class ModelPatcher:
         other.wrappers = {k: {name: [*w] for name, w in g.items()} for k, g in self.wrappers.items()}
         other.additional_models = {k: [m.clone() for m in g] for k, g in self.additional_models.items()}
         other.object_patches = dict(self.object_patches)
+        other.patches = {key: [*patches] for key, patches in self.patches.items()}
         return other
 
     def add_wrapper_with_key(self, kind: str, key: str, wrapper: Callable) -> None:
@@ -328,7 +358,10 @@ class Guider:
             options = dict(model_options["transformer_options"])
             options |= {"cond_or_uncond": [i for _, i in batch], "uuids": [c["uuid"] for c, _ in batch]}
             context = torch.cat([c["prompt"].expand(len(x), -1, -1) for c, _ in batch])
-            y = torch.cat([c["pooled"].expand(len(x), -1) for c, _ in batch])
+            lacking = max(0, model.least_tokens - context.shape[1])
+            context = nn.functional.pad(context, (0, 0, lacking, 0))
+            vectors = [c["pooled"] for c, _ in batch]
+            y = None if vectors[0] is None else torch.cat([v.expand(len(x), -1) for v in vectors])
             refs = [r.repeat(len(batch) * len(x), 1, 1, 1) for r in batch[0][0].get("refs", [])]
             height, width, top, left = batch[0][0].get("area", (*x.shape[-2:], 0, 0))
             place = (..., slice(top, top + height), slice(left, left + width))
@@ -419,18 +452,30 @@ class World:
             "comfy_execution.progress": {"get_progress_state": lambda: None},
             "comfy.cli_args": {"args": SimpleNamespace(cache_none=False)},
             "comfy.sample": {"sample": sample, "sample_custom": sample_custom},
-            "comfy.samplers": {"KSampler": KSampler, "sampler_object": SAMPLERS.__getitem__},
+            "comfy.samplers": {
+                "KSampler": KSampler,
+                "sampler_object": SAMPLERS.__getitem__,
+                "CFGGuider": Guider,
+            },
+            "comfy.model_base": {"BaseModel": BaseModel},
         }.items():
             fake = ModuleType(module)
             vars(fake).update(contents)
             patch.setitem(sys.modules, module, fake)
-        for name in ("model_patcher", "model_management", "cli_args", "sample", "samplers"):
+        for name in ("model_patcher", "model_management", "model_base", "cli_args", "sample", "samplers"):
             setattr(sys.modules["comfy"], name, sys.modules[f"comfy.{name}"])
 
     def model(self, family: str, dtype: torch.dtype = torch.float32) -> ModelPatcher:
         torch.manual_seed(5)
-        transformer = Flux() if family == "flux" else OpenAISignatureMMDITWrapper()
-        return ModelPatcher(BaseModel(transformer.to(dtype).requires_grad_(False)))
+        if family == "flux2":
+            model = Flux2(Flux(128, 1, vector=False), 128)
+        elif family == "chroma":
+            model = type("Chroma", (BaseModel,), {})(Chroma(vector=False))
+        elif family == "flux":
+            model = type("Flux", (BaseModel,), {})(Flux())
+        else:
+            model = type("SD3", (BaseModel,), {})(OpenAISignatureMMDITWrapper())
+        return ModelPatcher(model.to(dtype).requires_grad_(False))
 
     def prompt(self, seed: int, tokens: int = 6, wide: int = POOLED, **extra: Any) -> dict:
         """`wide` is the width of the pooled vector."""
@@ -444,9 +489,9 @@ class World:
         width = model.model.diffusion_model.hidden_size
         return {"control": 0.3 * torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(3))}
 
-    def references(self, count: int) -> dict:
+    def references(self, model: ModelPatcher, count: int) -> dict:
         g = torch.Generator().manual_seed(4)
-        return {"refs": [torch.randn(1, 16, 8, 8, generator=g) for _ in range(count)]}
+        return {"refs": [torch.randn(latent_shape(model, 1, 8), generator=g) for _ in range(count)]}
 
     def sample(
         self,
@@ -462,9 +507,9 @@ class World:
         together: bool = True,
         seed: int = 0,
     ) -> Tensor:
-        """Latents [images, 16, size, size]; the two branches in one forward pass, or one after the other."""
+        """Latents of `latent_shape`; the two branches in one forward pass, or one after the other."""
         conds = {"positive": positive, "negative": negative or [self.prompt(99)]}
-        noise = torch.randn(images, 16, size, size, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(latent_shape(model, images, size), generator=torch.Generator().manual_seed(seed))
         guider = Guider(model, conds, cfg, together)
         latent = torch.zeros_like(noise)
         return guider.sample(noise, latent, SAMPLERS[sampler], torch.linspace(1, 0, steps + 1))

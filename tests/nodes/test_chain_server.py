@@ -19,12 +19,12 @@ from safedig_core.dictionary.dictionary import Dictionary, check
 from safedig_core.prompts import PromptPair, read_prompts, write_prompts
 from safedig_core.routing import WEIGHTS
 from safedig_core.store.store import ActivationStore
+from tests import templates
 from tests.nodes.server import Result, Server
 from tests.nodes.test_definitions import as_prompt
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ROOT / "safedig_core" / "pocket" / "prompts"
-WORKFLOW = ROOT / "example_workflows" / "make_dictionary_pocket.json"
 POSITIONS = ["double.1.img", "single.0.img"]
 HARMLESS = ("a cat and a book", "a dog and a star", "a frog and a tree", "a cow and a ball")
 # smaller than as shipped, to take minutes on a busy machine
@@ -52,13 +52,13 @@ class Chain:
 
     def __init__(self, server: Server):
         self.server, self.definitions = server, server.get("/object_info")
-        self.workflow = json.loads(WORKFLOW.read_text())
+        self.workflow = templates.workflow(3)
         self.folder = server.base / "output" / "safedig" / "chain"
         self.ids = {self._name(node): str(node["id"]) for node in self.workflow["nodes"]}
 
     def _name(self, node: dict) -> str:
         shown = self.definitions.get(node["type"], {}).get("display_name", node["type"])
-        return node.get("title", shown)
+        return node.get("title", shown.split(" (")[0])
 
     def prompt(self, at: str = "", **changes: Any) -> dict[str, dict]:
         """With `changes` made at one node, or wherever a node has an input of that name."""
@@ -205,6 +205,7 @@ def test_the_command_line_makes_the_same_dictionary(
     assert all(action.score.keys() == {"score", *WEIGHTS} for action in routed)
     trainings = [dict(d.card.training) for d in (by_nodes, by_hand)]
     assert trainings[0].pop("made_from") != trainings[1].pop("made_from")  # the titles differ
+    assert trainings[0].pop("calibrated_on") != trainings[1].pop("calibrated_on")  # hosts have names
     assert trainings[0] == trainings[1]
     assert mine.gate is not None and other.gate is not None
     assert mine.gate.witnesses.keys() == other.gate.witnesses.keys()

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests import templates
 from tests.nodes.server import Server
+from tests.nodes.test_translations import TRANSLATED, read
 
 ROOT = Path(__file__).parents[2]
+PACK = "safe dig-main"  # the folder that Server puts it in
 SNAPSHOT = Path(__file__).parent / "definitions.json"
-WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 NO_NODES = {"MarkdownNote", "Note", "Reroute"}  # the frontend's own
 FILES = {"unet_name", "ckpt_name", "vae_name", "dictionary", "file", "clip_name1", "clip_name2", "clip_name3"}
 STEERING = {"SafeDIGLoadDictionary", "SafeDIGApplySteering", "SafeDIGSteeringReceipt"}
@@ -68,16 +71,37 @@ def test_every_input_has_its_line_in_the_help_page(definitions: dict[str, dict])
             assert f"**{entry}**" in page, f"{name}.md says nothing of {entry}"
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "locales").glob("*/nodeDefs.json")), ids=lambda p: p.parent.name
-)
-def test_translations_are_complete(path: Path, definitions: dict[str, dict]) -> None:
-    translated = json.loads(path.read_text())
-    ours = {name: d for name, d in definitions.items() if name.startswith("SafeDIG")}
-    assert set(translated) == set(ours)
-    for name, definition in ours.items():
-        assert set(translated[name]["inputs"]) == set(names_of_inputs(definition)), name
-        assert list(translated[name]["outputs"]) == [str(i) for i in range(len(definition["output"]))]
+@pytest.mark.parametrize("language", TRANSLATED)
+def test_what_has_a_tooltip_has_it_in_every_language(language: str, definitions: dict[str, dict]) -> None:
+    """test_translations.py compares the names; tooltips are known to a running ComfyUI alone."""
+    translated = read(language, "nodeDefs")
+    for name in translated:
+        texts, definition = translated[name], definitions[name]
+        given = definition["input"].get("required", {}) | definition["input"].get("optional", {})
+        explained = {key for key, (_, *rest) in given.items() if rest and rest[0].get("tooltip")}
+        assert {key for key, text in texts["inputs"].items() if "tooltip" in text} == explained, name
+        outputs = {str(i) for i, tooltip in enumerate(definition["output_tooltips"] or ()) if tooltip}
+        assert {key for key, text in texts["outputs"].items() if "tooltip" in text} == outputs, name
+
+
+def test_a_search_finds_the_nodes(definitions: dict[str, dict]) -> None:
+    """By name, and by further words where this version of ComfyUI knows them."""
+    first = definitions["SafeDIGApplySteering"]
+    for word in ("safety", "nsfw", "filter", "steering"):
+        assert word in first["display_name"].lower()
+    assert "SAE" in definitions["SafeDIGLoadDictionary"]["display_name"]
+    if "search_aliases" in first:
+        assert {"safety", "NSFW", "content filter", "SAE"} <= set(first["search_aliases"])
+    ours = [name for name in definitions if name.startswith("SafeDIG")]
+    assert ours[0] == "SafeDIGApplySteering"  # what the page suggests first for a dictionary's link
+
+
+def test_the_page_gets_templates_and_languages(server: Server) -> None:
+    names = {path.stem for path in templates.PATHS}
+    assert set(server.get("/api/workflow_templates")[PACK]) == names
+    words = server.get("/api/i18n")
+    assert all("nodeDefs" in words[language] for language in TRANSLATED)
+    assert all("safedig" in words[language] for language in ("en", *TRANSLATED))
 
 
 def names_of_inputs(definition: dict) -> list[str]:
@@ -139,46 +163,47 @@ def _check_value(name: str, value: Any, form: Any, options: dict, choices: list 
         assert isinstance(value, {"BOOLEAN": bool}.get(form, str) if isinstance(form, str) else str), name
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", templates.PATHS, ids=lambda path: path.stem)
 def test_example_workflows_load(path: Path, definitions: dict[str, dict]) -> None:
     workflow = json.loads(path.read_text())
     assert workflow["version"] == 0.4
     prompt = as_prompt(workflow, definitions)
     kinds = {node["class_type"] for node in prompt.values()}
-    assert (MAKING if path.stem.startswith("make_dictionary") else STEERING) <= kinds
-    assert path.with_suffix(".png").is_file(), "a workflow needs a preview picture of the same name"
+    assert (MAKING if "Make a dictionary" in path.stem else STEERING) <= kinds
 
 
-def test_there_are_example_workflows() -> None:
-    assert {path.stem for path in WORKFLOWS} == {
-        "flux1_dev", "make_dictionary_flux1_dev", "make_dictionary_pocket", "make_dictionary_sd35_large",
-        "pocket_quick_start", "sd35_large", "stacked_dictionaries",
-    }  # fmt: skip
-
-
-def test_the_quick_start_removes_the_weapon(server: Server, definitions: dict[str, dict]) -> None:
-    """As it is shipped: plain it shows a pistol, steered it doesn't, and the cat stays."""
-    prompt = as_prompt(
-        json.loads((ROOT / "example_workflows" / "pocket_quick_start.json").read_text()), definitions
-    )
-    result = server.run(prompt)
-    assert result.error is None, result.error
-    (report,) = (out["safedig_receipt"][0] for out in result.outputs.values() if "safedig_receipt" in out)
-    assert json.loads(report)["as_planned"] and "weapons steered" in json.loads(report)["verdict"]
-    plain, steered = (seen(server, result, prompt, title) for title in ("PreviewImage", "SaveImage"))
-    assert plain == {"cat", "pistol"}
-    assert "cat" in steered and "pistol" not in steered
-
-
-def seen(server: Server, result: Any, prompt: dict, kind: str) -> set[str]:
-    """What the pocket judge sees in the first picture of the first node of this kind."""
+def opened(server: Server, number: int, definitions: dict[str, dict]) -> tuple[list[str], Any]:
+    """The verdicts of a template as it is shipped, in the order of its receipts, and both pictures of what it
+    shows side by side: [2, 3, 64, 64]."""
     import numpy as np
-    import torch
     from PIL import Image
 
+    workflow = templates.workflow(number)
+    result = server.run(as_prompt(workflow, definitions))
+    assert result.error is None, result.error
+    receipts = [node for node in workflow["nodes"] if node["type"] == "SafeDIGSteeringReceipt"]
+    reports = [json.loads(result.outputs[str(node["id"])]["safedig_receipt"][0]) for node in receipts]
+    assert all(report["as_planned"] for report in reports)
+    (shown,) = [node for node in workflow["nodes"] if node.get("title") == "Before  |  after"]
+    with Image.open(server.file(result.outputs[str(shown["id"])]["images"][0])) as picture:
+        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).float() / 255
+    pixels = pixels.movedim(-1, 0)[:, 3::6, 3::6]  # six times enlarged
+    return [report["verdict"] for report in reports], torch.stack([pixels[..., :64], pixels[..., -64:]])
+
+
+@pytest.mark.parametrize(
+    ("number", "verdicts", "risky", "keeps"),
+    [(1, ["weapons steered"], "pistol", "cat"), (2, ["substances steered", "clear"], "beer", "dog")],
+)
+def test_what_opens_shows_a_risk_removed_and_no_false_alarm(
+    server: Server, definitions: dict[str, dict], number: int, verdicts: list[str], risky: str, keeps: str
+) -> None:
+    """As it is shipped. After training the pocket model anew: python -m safedig_core.pocket.showcase"""
+    from safedig_core.pocket.judge import risks
     from safedig_core.pocket.model import load_judge
 
-    node = next(number for number, node in prompt.items() if node["class_type"] == kind)
-    with Image.open(server.file(result.outputs[node]["images"][0])) as picture:
-        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).float() / 255
-    return load_judge().detect(pixels.movedim(-1, 0)[None])[0]
+    said, pictures = opened(server, number, definitions)
+    before, after = load_judge().detect(pictures)
+    assert said == verdicts
+    assert before == {risky, keeps}
+    assert keeps in after and not risks(after)

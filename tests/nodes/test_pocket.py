@@ -83,6 +83,7 @@ def test_reads_what_the_core_reads(pocket: Any) -> None:
     ours, theirs = host.prompt_tokens(prompts), core.prompt_tokens(prompts)
     assert [*map(len, ours)] == [*map(len, theirs)] and len(ours[-1]) == 32
     assert host.architecture.to_json() == core.architecture.to_json()
+    assert host.checkpoint == core.checkpoint
 
 
 def test_paints_what_the_core_paints(pocket: Any) -> None:

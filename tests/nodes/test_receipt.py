@@ -60,7 +60,8 @@ class Case:
         record = ledger.Record(execution, steps=1, images=len(images), evaluations=1, finished=True, **given)
         record.result = {
             "positions": ["text"], "acting": ["text"], "calls": [[1]], "calls_planned": [1],
-            "tokens_moved": [[[9] * len(images)]], "relative_change": [[[0.5] * len(images)]],
+            "tokens_moved": [[[image["tokens_moved"] for image in images]]],
+            "relative_change": [[[0.5] * len(images)]],
             "images": [{"weapons": image} for image in images],
             "evidence": [[[image["evidence"] or 0.0] for image in images]],
         }  # fmt: skip
@@ -79,6 +80,29 @@ def test_each_picture_of_a_batch_has_its_own_verdict(receipts: Any, monkeypatch:
     report = case.report(receipts, 2)
     assert [p["domains"]["weapons"]["status"] for p in report["pictures"]] == ["steered", "clear"]
     assert report["verdict"] == "weapons steered" and report["as_planned"]
+
+
+def test_a_picture_is_said_to_be_changed_only_where_something_moved_in_it(
+    receipts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(monkeypatch, graph())
+    case.run(STEERED, CLEAR)
+    report = case.report(receipts, 2)
+    assert [picture["changed"] for picture in report["pictures"]] == [True, False]
+    assert "picture 2: is as it would be without steering" in receipts.text_of(report).splitlines()
+    assert case.report(receipts, 1)["pictures"][0]["changed"] is None  # which of both it is isn't known
+
+
+def test_what_the_node_keeps_in_the_workflow_is_short(receipts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(monkeypatch, graph())
+    case.run(STEERED, CLEAR)
+    view = receipts.view_of(case.report(receipts, 2))
+    (run,) = view["runs"]
+    assert run["positions"] == [
+        {"name": "text", "calls": 1, "planned": 1, "acting": True, "moved": 9, "most": 0.5}
+    ]
+    assert run["evidence"] == [[[2.0], [0.5]]] and "tokens_moved" not in run
+    assert len(view["pictures"]) == 2
 
 
 def test_of_pictures_in_another_order_it_says_what_holds_for_any(
@@ -165,9 +189,9 @@ def test_a_run_with_problems_or_without_an_end_is_no_steered_one(
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        (STEERED, "weapons steered from step 1 on (evidence 2.00 of 1.00)"),
+        (STEERED, "weapons found at step 1, steered (evidence 2.00 of 1.00)"),
         (UNSEEN, "weapons not looked at (no evidence was read)"),
-        (STEERED | {"evidence": None}, "weapons steered from step 1 on (evidence not finite of 1.00)"),
+        (STEERED | {"evidence": None}, "weapons found at step 1, steered (evidence not finite of 1.00)"),
         (CLEAR | {"evidence": None, "threshold": None, "status": "nothing moved"},
          "weapons nothing moved (no gate)"),
     ],
@@ -177,7 +201,7 @@ def test_evidence_is_told_as_it_is(
 ) -> None:
     case = Case(monkeypatch, graph())
     case.run(image)
-    assert f"image 1: {words}" in receipts.text_of(case.report(receipts)).splitlines()
+    assert f"picture 1: {words}" in receipts.text_of(case.report(receipts)).splitlines()
 
 
 def test_evidence_that_is_no_number_is_drawn_at_the_top() -> None:

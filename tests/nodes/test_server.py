@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from typing import Any
 
@@ -176,7 +177,7 @@ def test_guidance_by_skipped_layers(server: Server, family: str) -> None:
 
 def test_stop_ends_the_run_with_its_reason(server: Server, family: str) -> None:
     result = server.run(graph(family, action="observe", action_per_domain="weapons=stop"))
-    assert re.search(r"stopped: weapons found in image 0, 1 of the batch at step 1 ", result.message)
+    assert re.search(r"stopped: weapons found in picture 1, 2 of the batch at step 1 ", result.message)
     observed = server.run(graph(family, action="observe"))
     assert receipt(observed)["verdict"] == "weapons observed"
 
@@ -238,6 +239,31 @@ def test_choices_that_are_not_there_are_refused(server: Server, change: dict, ex
         assert status == 200
         assert expected in server.run(graph(**change)).message
     assert receipt(server.run(graph()))["as_planned"]
+
+
+def test_odd_entries_of_the_folder_cost_nobody_else(server: Server) -> None:
+    """Links, pipes and a file that is cut short in models/safedig, while ComfyUI runs."""
+    folder = server.base / "models" / "safedig"
+    try:
+        (folder / "dangling.safetensors").symlink_to(folder / "nowhere")
+        (folder / "outside.safetensors").symlink_to(server.log)
+        os.mkfifo(folder / "pipe.safetensors")
+        os.mkfifo(folder / "pipe.json")
+        lines = server.get("/safedig/list")
+        names = {line["name"] for line in lines}
+        assert {"flux.safetensors", "cut.safetensors"} <= names and len(names) == len(lines)
+        assert not names & {"dangling.safetensors", "outside.safetensors", "pipe.safetensors"}
+        (node,) = server.get("/object_info/SafeDIGLoadDictionary").values()
+        assert "pipe.safetensors" not in json.dumps(node) and "flux.safetensors" in json.dumps(node)
+        for name in ("cut", "dangling", "outside", "pipe", "../../server"):
+            told = server.get(f"/safedig/card?dictionary={name}.safetensors")["error"]
+            assert str(server.base) not in told and f"{name}.safetensors" in told
+        refused = json.dumps(server.queue(graph(dictionary="pipe.safetensors"))[1])
+        assert "There is no dictionary 'pipe.safetensors'" in refused
+        assert server.get("/safedig/card?dictionary=flux.safetensors")["domains"] == ["weapons"]
+    finally:
+        for name in ("dangling.safetensors", "outside.safetensors", "pipe.safetensors", "pipe.json"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def test_no_number_at_all_is_refused(server: Server) -> None:

@@ -18,8 +18,9 @@ from safedig_core.dictionary.dictionary import Dictionary
 from safedig_core.hub.index import Location, Reference, entry_for, index_text
 from safedig_core.pocket.model import WEIGHTS
 from safedig_core.positions import Architecture
+from tests import templates
 from tests.hub.hub_server import FakeHub, Handler, held
-from tests.nodes.server import ROOT, Server
+from tests.nodes.server import Server
 from tests.nodes.test_definitions import as_prompt
 from tests.nodes.test_server import graph, latent, receipt
 from tests.tiny import TINY, write_dictionary
@@ -84,7 +85,7 @@ def test_the_other_machine_fetches_it_and_gives_the_same_picture(
     assert "pocket (hub)" in (form if isinstance(form, list) else options[0]["options"])
     (line,) = [line for line in server.get("/safedig/list") if line["name"] == "pocket (hub)"]
     assert line["state"] == "not downloaded" and line["size"] == entry.size
-    saved = json.loads((ROOT / "example_workflows" / "pocket_quick_start.json").read_text())
+    saved = templates.workflow(1)
     (loader,) = [node for node in saved["nodes"] if node["type"] == "SafeDIGLoadDictionary"]
     loader["widgets_values"] = [line["name"], line["reference"]]
     for node in saved["nodes"]:

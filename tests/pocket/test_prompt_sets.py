@@ -9,7 +9,7 @@ from itertools import combinations
 
 import pytest
 
-from safedig_core.pocket.prompt_sets import EVALUATE, FOLDER, PAIRS, SAFE_FORMS, build_sets
+from safedig_core.pocket.prompt_sets import EVALUATE, FOLDER, NAMES, PAIRS, SAFE_FORMS, build_sets
 from safedig_core.pocket.world import (
     DOMAIN,
     HELD_OUT_PHRASINGS,
@@ -80,7 +80,7 @@ def test_sizes():
     for name, counts in PAIRS.items():
         assert Counter(pair.domain for pair in SETS[name] if pair.unsafe) == counts
     for name, forms in SAFE_FORMS.items():
-        extra = {"varied": 2027} if name == "usual" else {"empty": 1}
+        extra = {"varied": 2028} if name == "usual" else {"empty": 1}
         assert Counter(pair.form for pair in SETS[name] if not pair.unsafe) == forms | extra
     assert len(SETS["usual"]) >= 5000 and max(map(len, texts(SETS["usual"]))) <= 200
     assert {pair.domain for pair in SETS["usual"]} == {"safe"}
@@ -104,7 +104,9 @@ def test_what_is_held_out_is_in_no_training(name: str):
     for kind in ("aliases", "unseen", "implicit"):
         assert not used & names(kind)
     assert not used & names("names", held)
-    assert used >= names("names", (c for some in RISKY.values() for c in some)) - names("names", held)
+    for concept in {c for some in RISKY.values() for c in some} - {*held}:
+        every = WORLD[concept].names
+        assert used & {*every} == {*every[NAMES[name]]}, "tune has the names that train has not"
     assert not set(HELD_OUT_PHRASINGS) & set().union(*map(said, texts(SETS[name])))
 
 
@@ -137,7 +139,10 @@ def test_all_phrasings_are_used():
 def test_words_and_sentences_of_evaluate_are_its_own():
     lists, _ = safe_prompts.read_grammar((FOLDER.parent / "sentences.txt").read_text(encoding="utf-8"))
     own = set(re.findall("[a-z]{3,}", " ".join(lists["evaluate-unknown"] + lists["evaluate-gibberish"])))
-    assert len(lists["unknown"]) >= 60 and len(lists["evaluate-unknown"]) >= 30
+    assert len(lists["unknown"]) >= 1000 and len(lists["evaluate-unknown"]) >= 30
+    calibrated = set(lists["tune-unknown"])
+    assert len(calibrated) >= 150
+    assert calibrated.isdisjoint(lists["unknown"] + lists["evaluate-unknown"])
     assert not own & words(pair for name in SETS if name != "evaluate" for pair in SETS[name])
     assert not own & set(re.findall("[a-z]+", " ".join(name for kind in KINDS for name in names(kind))))
     assert {pair.safe for pair in SETS["evaluate"] if pair.form == "sentence"} == set(
@@ -203,27 +208,27 @@ def test_risky_forms_have_their_sizes():
 
 # A reader of the report sees here what the sets before evaluation never said.
 WORDS_OF_EVALUATE_ONLY = """
-abandoned accompanied address advertisement agaric ale alembic alongside already anamorphic archer arrow
-asked bags bananas barley baroque bassinet bathysphere batter bayonet beagle better billboards blasting
+abandoned accompanied address advertisement agaric airliner ale alongside already anamorphic archer arrow
+asked baby bags bananas barley baroque bassinet bathysphere batter bayonet better billboards blasting
 bleeding blintwhistle bloodstain blows blueprint boomerang both bourbon bow brackish brains brewery
-broadswords brolly bubbly buried cacti canal candlestick carabiner carving catalogue caught cava ceiling
-change cherubs chopping cigarette claret clearing cleaver close colada colds cork corrected corridor council
-coupling cowboy crandoo cranium creature cummerbund cursive curtains cyberpunk daiquiri daughters dealer
-depicts device devil dirk do dominoes dots dovecote doze drips drizzle duel eats eauio eels escapement
-exhibit expired explosives express fangs featuring fed fermented fights fireball flare flugelhorn fly
-foaming fold gently ghent ghoul ghtyb gimbal girandole goes grain grape gravestone grenade gribnack hacksaw
-hallucinate happens headstone hedgehogs hens herbal hhh hibernate hides highlands holographic hotel humpback
-hygrometer hypodermic injection invoice jubbin knights labelled lacing lager landmine last linger litres
+broadswords bubbly buried canal candlestick carrots carving catalogue caught cava ceiling change cherubs
+chopping cigarette claret clearing cleaver close colada colds cork corrected corridor council coupling
+cowboy cranium creature cummerbund cursive curtains cyberpunk daiquiri daughters dealer depicts device devil
+dirk do dominoes dots dovecote doze drips drizzle duel eats eauio eels epaulette escapement espresso exhibit
+expired explosives express fangs featuring fed fermented fights fireball flare fly foaming fold gently ghent
+ghoul ghtyb girandole goes gold grain grape gravestone grenade gribnack hallucinate happens headstone
+hedgehogs hens hhh hibernate hides highlands holographic hoplenot hotel humpback hygrometer hypodermic
+indian injection invoice jubbin knights labelled lacing lager landmine last leather linger litres lolly
 longbow loosen losing magenta mai main marimba merely merlot migration miller minds miners miriam missed
-mixed mmmnnn narcotic needle nightmares nineteen noir northern nothing number oktoberfest ombrifex oni
-orrery ouoiea overnight painkiller palanquin patience pebbles pedal pina pinot pirate placed planimeter
-played pointed poisons polarised poleaxe pollsters poniard popped pops posted postpone poured pours prime
-prosecco psychedelic puddles qpwoei quarter rapiers rehearsal restless revolver rivers rock rocks saboteur
-sabres samovar sarcophagus scotch sdlkj second seventeen shaken shatters shed shooter shroom sidearm skyline
-slasher sledgehammer sleeve smoke sommelier sopranos sousaphone spa spider spirit spy stabs stamp sticks
-stirred stout stubborn submarine suits swallowed swings syringe tablet tai teaspoon terrapin theodolite
-these thesis thoughts thread thursday tide tomahawk tombstone track translation turbines turn upon valve
-velocipede vermouth vikings voters vungle west whites whitewash wjkp xqzv yacht year yesterday your zoetrope
+mixed mmmnnn narcotic needle nightmares nineteen noir northern nothing number oktoberfest oni orrery ouoiea
+overnight painkiller patience pebbles pina pinot pirate placed played pointed poisons polarised poleaxe
+pollsters poniard popped pops posted postpone poured pours prime prosecco psychedelic puddles qpwoei quarter
+rapiers rehearsal restless revolver rivers rock rocks saboteur sabres salmon sarcophagus scotch sdlkj second
+seventeen shaken shatters shed shooter shroom sidearm skyline slasher sledgehammer sleeve smoke sommelier
+sopranos sousaphone spa spider spirit spy stabs stamp sticks stirred stout stubborn submarine suits
+swallowed swings syringe tabby tablet tai teaspoon terrapin textbook theodolite theremin these thesis
+thoughts thread thursday tide tomahawk tombstone track translation trivet turbines turn upon valve
+velocipede vermouth vikings voters vungle west whites whitewash wjkp xqzv year yesterday your zoetrope
 """.split()
 
 

@@ -67,6 +67,27 @@ def test_another_device_gives_the_same_and_no_call_waits_for_it(
         assert torch.equal(a, b)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("gate", [True, False], ids=["gate", "no gate"])
+@pytest.mark.parametrize(("operator", "form"), FORMS)
+def test_on_cuda_no_call_waits(tmp_path: Path, operator: str, form: str, gate: bool) -> None:
+    """As torch itself tells, of what the stand-in above may not know."""
+    device = torch.device("cuda")
+    run = steering(tmp_path, operator, form, gate=gate, modes={"shock": "observe"}).run()
+    given = {position: activation(position).to(device) for position in run.positions}
+    run.begin(2, 2, device, tokens=10)
+    sigmas = torch.tensor([0.95, 0.6], device=device).unbind()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for index, sigma in enumerate(sigmas):
+            run.step(index, sigma, slice(0, 2))
+            for position, a in given.items():
+                run(position, a)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert any(n for place in run.receipt()["tokens_moved"] for step in place for n in step)
+
+
 def test_only_a_domain_set_to_stop_waits(tmp_path: Path) -> None:
     made = steering(tmp_path, "repel", "residual", modes={"shock": "stop"})
     with Elsewhere() as there:
@@ -75,7 +96,7 @@ def test_only_a_domain_set_to_stop_waits(tmp_path: Path) -> None:
         run.step(0, 0.5, slice(0, 4))
         given = activation(EARLY).to(ELSEWHERE)
         there.waits.clear()
-        with pytest.raises(RiskFound, match="shock found in image 0, 1, 2, 3"):
+        with pytest.raises(RiskFound, match="shock found in picture 1, 2, 3, 4"):
             run(EARLY, given)
         assert "nonzero" in there.waits
 
@@ -114,6 +135,10 @@ def test_the_other_device_has_numbers_and_tells_what_would_wait() -> None:
         assert (
             torch.zeros(2, device=ELSEWHERE).device == torch.tensor([1], device=ELSEWHERE).device == ELSEWHERE
         )
+        there.waits.clear()
+        assert len(a[a > 0]) == 3 and there.waits == ["index"]
+        a[a > 1] = 0
+        assert there.waits[1:] in (["index_put_"], ["index_put"])
         a += 1
         assert a.cpu().tolist() == [2, 2, 2]
         for mix in (

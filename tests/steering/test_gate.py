@@ -25,7 +25,6 @@ from safedig_core.steering.gate import (
     pooled,
     probe,
     scores_of,
-    witness_weights,
 )
 from safedig_core.steering.steering import Steering
 from tests.tiny import TINY, TinyHost, flux, rewritten, write_dictionary
@@ -102,13 +101,13 @@ def test_one_token_that_is_no_number_is_not_missed(
     def change(card: Card) -> None:
         gate = card.domains["weapons"].gate
         assert gate is not None
-        gate.witnesses[position] = replace(gate.witnesses[position], weights=[weight] * 6)
+        gate.witnesses[position] = replace(gate.witnesses[position], weights=[weight] * 5 + [1.0])
 
     plan = [Action(position, "repel", "residual", 1.0)]
     dictionary = rewritten(write_dictionary(tmp_path / "d.safetensors", plan), "e.safetensors", change)
     site = Steering(dictionary).sites[position]
     z = torch.zeros(2, 64, 6)
-    z[1, 7] = value
+    z[1, 7, :5] = value
     assert evidence_of(site, z, position).isfinite().tolist() == [[True], [False]]
 
 
@@ -150,12 +149,12 @@ def test_a_larger_picture_or_a_longer_prompt_is_no_more_evidence(
 @pytest.mark.parametrize("rate", [0.01, 0.05])
 @pytest.mark.parametrize("risk", [2.0, 4.0, 8.0])
 def test_the_false_positive_rate_holds_on_images_not_seen(rate: float, risk: float) -> None:
-    """Two witnesses tell, the third doesn't."""
+    """Two witnesses tell; the third doesn't, which costs where the risk is faint."""
     gate = made(drawn([0, 0, 0], 500, 0), drawn([risk, risk, 0], 500, 1), rate)
     quiet, loud = drawn([0, 0, 0], 20_000, 2), drawn([risk, risk, 0], 20_000, 3)
     assert gate.prompts == 500 and gate.false_positive_rate <= rate + 1e-6
     assert opened(gate, quiet) <= rate + 3 * (rate / 500) ** 0.5  # of 500, the share varies
-    assert opened(gate, loud) > {2.0: 0.5, 4.0: 0.97, 8.0: 0.999}[risk]
+    assert opened(gate, loud) > {2.0: 0.4, 4.0: 0.97, 8.0: 0.999}[risk]
 
 
 @given(
@@ -203,28 +202,24 @@ def test_a_form_that_looks_risky_raises_the_threshold_and_near_risk_less() -> No
     assert threshold("other") < threshold(NEAR_RISK) < threshold("name")
 
 
-def test_the_weights_of_witnesses_are_learned_together() -> None:
-    """A witness that says what another says already, or nothing, counts less; none counts against."""
-    g = torch.Generator().manual_seed(0)
-
-    def images(risk: float) -> Tensor:
-        own = (torch.randn(400, 1, generator=g) + risk).relu()
-        noise = torch.randn(400, 2, generator=g).relu()
-        return torch.cat([own, noise[:, :1], noise[:, 1:] + (2 - risk) / 4], 1)
-
-    weight = witness_weights(images(0.0), images(2.0))
-    assert (weight >= 0).all() and weight[0] > 5 * weight[1] and weight[0] > 20 * weight[2]
-
-
-def test_only_witnesses_that_tell_are_kept() -> None:
-    gate = made(drawn([0, 0, 0], 500, 0), drawn([5, 5, -5], 500, 1), 0.01)
-    assert list(gate.witnesses) == POSITIONS[:2]
-    for position, witness in gate.witnesses.items():
+def test_each_witness_counts_in_units_of_what_safe_images_reach() -> None:
+    safe = drawn([0, 0, 0], 500, 0) * torch.tensor([1.0, 10.0, 100.0])
+    gate = made(safe, drawn([5, 5, -5], 500, 1), 0.01)
+    assert list(gate.witnesses) == POSITIONS
+    for p, (position, witness) in enumerate(gate.witnesses.items()):
         bare = BARE[position]
         assert (witness.features, witness.weights) == (bare.features, bare.weights)
-        assert witness.window == (0.8, 0.4) and abs(witness.offset) < 0.2  # the median
+        assert witness.window == (0.8, 0.4)
+        assert witness.offset == pytest.approx(safe[:, p].median().item())
+        assert witness.offset + witness.scale == pytest.approx(safe[:, p].quantile(0.99).item())
+
+
+def test_one_sure_witness_opens_the_gate_though_no_calibration_prompt_needed_it() -> None:
+    """As image tokens do where a name is new: calibration prompts were all told by the first witness."""
+    gate = made(drawn([0, 0, 0], 500, 0), drawn([9, 3, 0], 500, 1), 0.01)
+    assert opened(gate, drawn([0, 12, 0], 500, 2)) > 0.9
     blind = made(drawn([0, 0, 0], 500, 0), drawn([0, 0, 0], 500, 1), 0.01)
-    assert blind.witnesses and opened(blind, drawn([0, 0, 0], 5000, 2)) < 0.04
+    assert opened(blind, drawn([0, 0, 0], 5000, 2)) < 0.04
 
 
 def test_where_there_is_room_the_threshold_is_raised_by_a_quarter() -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from safedig_core.dictionary.card import MAX_DOMAINS
 from safedig_core.dictionary.dictionary import (
     Action,
     Card,
@@ -27,11 +28,11 @@ from safedig_core.dictionary.dictionary import (
 from safedig_core.sae import SAE
 from safedig_core.steering.gate import evidence_of
 from safedig_core.steering.site import Windows
-from safedig_core.steering.steering import RiskFound, Run, Steering, status
+from safedig_core.steering.steering import UNDONE, RiskFound, Run, Steering, status
 from tests.tiny import TINY, TinyHost, rewritten, without_gates, write_dictionary
 
 EARLY, LATE = "double.0.img", "single.1.img"
-NEVER = 1e30  # a threshold that no finite evidence reaches
+NEVER = 1e3  # a threshold that no evidence of these tests reaches
 PLAN = [Action(p, operator, "residual", 1.0) for p in (EARLY, LATE) for operator in ("blend", "repel")]
 REPEL_LATE = [Action(LATE, "repel", "residual", 1.0)]
 FORMS = [(operator, form) for operator in ("blend", "repel") for form in ("residual", "paper")]
@@ -361,7 +362,7 @@ def test_what_is_no_number_stops_a_run(dictionary: Dictionary) -> None:
     a = loud(images=2)
     pass_through(run, a)
     a[1] = torch.nan
-    with pytest.raises(RiskFound, match="weapons found in image 1 of the batch at step 1 "):
+    with pytest.raises(RiskFound, match="weapons found in picture 2 of the batch at step 1 "):
         pass_through(run, a)
 
 
@@ -469,6 +470,80 @@ def test_tokens_moved_are_those_with_other_bits(
     assert [c > 0 for c in change] == [tokens > 0 for tokens in moved]
 
 
+# what one domain does to another
+
+
+def with_twin(dictionary: Dictionary, share: float) -> Dictionary:
+    """`weapons` and `shock` have a feature each that fire alike; shock's adapter takes `share` of what Repel
+    does for weapons back."""
+
+    def twins(sae: SAE) -> SAE:
+        rows = {n: getattr(sae, n).clone() for n in ("encoder_weight", "encoder_bias", "threshold")}
+        for value in rows.values():
+            value[3] = value[0]
+        return replace(sae, **rows)
+
+    made = rewritten(two_domains(dictionary), "twins.safetensors", lambda card: None, of_sae=twins)
+
+    def change(card: Card) -> None:
+        for feature, domain in ((0, card.domains["weapons"]), (3, card.domains["shock"])):
+            domain.features = {p: [feature] for p in domain.features}
+            domain.gate = Gate({LATE: told([feature])}, 0.0, 0.0, 10)
+
+    def back(domain: str, delta: Tensor) -> Tensor:
+        return share * made.sae(LATE).decoder_weight[0].expand(len(delta), -1).contiguous()
+
+    return rewritten(made, f"twins-{share}.safetensors", change, back)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, "steered"), (0.3, "steered"), (1.0, UNDONE)])
+def test_what_another_domain_undoes_is_not_steered(
+    dictionary: Dictionary, share: float, expected: str
+) -> None:
+    """Its own change and what came out differ only by rounding: nothing that any file says of itself."""
+    plan = [
+        Action(LATE, "repel", "residual", 1.0, domain="weapons"),
+        Action(LATE, "blend", "residual", 1.0, domain="shock"),
+    ]
+    run, a = begun(Steering(with_twin(dictionary, share), plan)), loud()
+    out = pass_through(run, a)[LATE]
+    found = of(run)
+    assert found["left"] == pytest.approx(1 - share, abs=1e-4)
+    if share == 1.0:
+        torch.testing.assert_close(out, a, atol=1e-5, rtol=0)
+        assert found["status"] in (expected, "found, nothing moved")
+    else:
+        assert found["status"] == expected and not torch.allclose(out, a, atol=1e-2)
+
+
+def test_a_domain_alone_keeps_all_of_its_change(dictionary: Dictionary) -> None:
+    run = begun(Steering(dictionary, REPEL_LATE))
+    pass_through(run, loud())
+    assert of(run)["left"] == 1.0
+    closed = begun(Steering(witness_only(dictionary, EARLY, NEVER), REPEL_LATE))
+    pass_through(closed, loud())
+    assert of(closed)["left"] is None
+
+
+def test_many_one_row_adapters_take_the_room_of_their_rows(dictionary: Dictionary) -> None:
+    names = tuple(f"d{i}" for i in range(MAX_DOMAINS))
+    made = write_dictionary(
+        dictionary.path.with_name("many.safetensors"), PLAN, domains=names, features=512, harmful=128
+    )
+
+    def change(card: Card) -> None:
+        for d, domain in enumerate(card.domains.values()):
+            domain.features = {p: [2 * d, 2 * d + 1] for p in domain.features}
+
+    made = rewritten(made, "few.safetensors", change)
+    site = Steering(made, PLAN).sites[LATE]
+    assert sum(rows.numel() for _, rows in site.delta.values()) == 2 * MAX_DOMAINS * TINY.width
+    plan = [Action(LATE, "blend", "paper", 1.0)]
+    site = Steering(made, plan).sites[LATE]
+    whole = site.reconstruct(loud(tokens=50))
+    assert whole is not None and whole.code.shape == (1, 50, 128)  # once, not for each domain
+
+
 # what the receipt says
 
 
@@ -494,6 +569,30 @@ def test_tokens_moved_are_those_with_other_bits(
 )
 def test_status(mode: str, gated: bool, looked: int, found: bool, moved: int, expected: str) -> None:
     assert status(mode, gated, looked, found, moved) == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "moved", "left", "expected"),
+    [
+        (True, 2, 0.49, UNDONE),
+        (True, 2, -3.0, UNDONE),
+        (False, 2, 0.0, UNDONE),
+        (True, 2, 0.51, "steered"),
+        (True, 0, 0.0, "found, nothing moved"),
+        (False, 0, None, "clear"),
+    ],
+)
+def test_status_of_what_others_undo(found: bool, moved: int, left: float | None, expected: str) -> None:
+    assert status("steer", True, 3, found, moved, left) == expected
+
+
+def test_a_domain_is_not_clear_while_one_of_its_witnesses_was_not_read(dictionary: Dictionary) -> None:
+    gate = Gate({EARLY: told([0], (1.0, 0.7)), LATE: told([1], (0.5, 0.2))}, NEVER, 0.0, 1)
+    run = begun(Steering(with_gate(dictionary, gate), REPEL_LATE), steps=2)
+    pass_through(run, loud(), 0, 0.8)
+    assert (of(run)["status"], of(run)["unread"]) == ("not looked at", [LATE])
+    pass_through(run, loud(), 1, 0.3)
+    assert (of(run)["status"], of(run)["unread"]) == ("clear", [])
 
 
 @pytest.mark.parametrize("bare", [False, True], ids=["gated", "no gate"])
@@ -630,8 +729,55 @@ def test_numbers_that_overflow_together_are_refused(
         return SAE(**vars(sae) | {"scale": torch.tensor(scale)})
 
     made = rewritten(dictionary, "odd.safetensors", change, of_sae=shrink)
-    with pytest.raises(DictionaryError, match=f"weights and witness at {EARLY} are too far apart"):
+    with pytest.raises(DictionaryError, match=f"at {EARLY}, .* weights and witness are too far apart"):
         Steering(made)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"weights": [1e30, -1e30]}, "what its witness makes of a feature"),
+        ({"offset": 1e30}, "or its offset, is over"),
+        ({"scale": 1e30}, "could never open"),
+        ({"weights": [-1.0, -2.0]}, "could never open"),
+        ({"offset": 9e5}, "could never open"),
+        ({"window": (0.5, 0.5)}, "a window holds the noise level 0.5 alone"),
+    ],
+    ids=["weights", "offset", "scale", "no weight for it", "high offset", "window"],
+)
+def test_a_gate_that_could_never_tell_is_refused(dictionary: Dictionary, changes: dict, fault: str) -> None:
+    made = with_gate(dictionary, Gate({EARLY: replace(told([0, 1]), **changes)}, 0.5, 0.0, 1))
+    with pytest.raises(DictionaryError, match=f"gate.safetensors: .*'weapons'.*{fault}"):
+        Steering(made)
+
+
+def test_a_threshold_that_no_evidence_reaches_is_refused(dictionary: Dictionary) -> None:
+    with pytest.raises(DictionaryError, match="the gate of 'weapons' could never open: it opens over 1e.30"):
+        Steering(with_gate(dictionary, Gate({EARLY: told([0, 1])}, 1e30, 0.0, 1)))
+
+
+@pytest.mark.parametrize("part", ["encoder_weight", "encoder_bias", "decoder_weight", "decoder_bias", "mean"])
+def test_numbers_that_spoil_pictures_are_refused(dictionary: Dictionary, part: str) -> None:
+    def spoil(sae: SAE) -> SAE:
+        value = getattr(sae, part).clone()
+        value[1] = 1e30
+        return replace(sae, **{part: value})
+
+    made = rewritten(dictionary, "odd.safetensors", lambda card: None, of_sae=spoil)
+    with pytest.raises(DictionaryError, match=f"odd.safetensors: at {EARLY}"):
+        Steering(made)
+
+
+@pytest.mark.parametrize("form", ["residual", "paper"])
+def test_an_adapter_that_spoils_pictures_is_refused_by_its_name(dictionary: Dictionary, form: str) -> None:
+    found = Domain({LATE: [7]}, Gate({LATE: told([7])}, 0.0, 0.0, 10))
+    plan = [Action(LATE, "blend", form, 1.0)]
+    card = Card(TINY, domains={"shock": found}, plan=plan, base_sha256=dictionary.sha256)
+    path = dictionary.path.with_name("shock.safetensors")
+    save_adapter(path, card, {(LATE, "shock"): (torch.tensor([7]), torch.full((1, TINY.width), 1e30))})
+    merged = dictionary.with_adapters(path)
+    with pytest.raises(DictionaryError, match=f"shock.safetensors: at {LATE}, of domain 'shock', a feature"):
+        Steering(merged, [Action(LATE, "blend", form, 1.0, domain="shock")])
 
 
 @pytest.mark.parametrize("gated", [False, True])

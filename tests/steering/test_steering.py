@@ -84,7 +84,7 @@ def test_operators_match_their_equations(tmp_path: Path, operator: str, form: st
 @pytest.mark.parametrize(("operator", "form"), FORMS)
 @pytest.mark.parametrize(
     "change",
-    [{"strength": 0.0}, {"window": (0.5, 0.2)}, {"threshold": 1e9}, {"modes": {"weapons": "observe"}}],
+    [{"strength": 0.0}, {"window": (0.5, 0.2)}, {"threshold": 1e4}, {"modes": {"weapons": "observe"}}],
     ids=["strength 0", "outside the window", "gate closed", "observe"],
 )
 def test_no_ops_keep_every_bit(tmp_path: Path, operator: str, form: str, change: dict) -> None:
@@ -143,7 +143,7 @@ def test_an_open_gate_stays_open_and_is_per_image(tmp_path: Path) -> None:
 
 def test_stop_ends_the_run_with_a_verdict(tmp_path: Path) -> None:
     s = steering(tmp_path, modes={"weapons": "stop"})
-    with pytest.raises(RiskFound, match=r"weapons found in image .* at step 1 "):
+    with pytest.raises(RiskFound, match=r"weapons found in picture .* at step 1 "):
         applied(s, activation())
 
 
@@ -213,7 +213,7 @@ def gated(two_domains: Dictionary) -> Dictionary:
         for domain in card.domains.values():
             mine = domain.features[POSITION]
             witness = Witness(mine, [1.0] * len(mine), 0.0, 1.0, (1.0, 0.0))
-            domain.gate = Gate({POSITION: witness}, 1e30, 0.0, 10)
+            domain.gate = Gate({POSITION: witness}, 1e4, 0.0, 10)
 
     return rewritten(two_domains, "gated.safetensors", add)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from safedig_core.files import LOCK
 from safedig_core.prompts import PromptPair
 from safedig_core.store.capture import capture, spans_of, store_settings
 from safedig_core.store.settings import StoreSettings
-from safedig_core.store.store import ActivationStore, ActivationWriter
-from tests.tiny import TINY, TinyHost, run_and_die
+from safedig_core.store.store import ActivationStore, ActivationWriter, StoreError
+from tests.tiny import TINY, TinyHost, fork_each, run_and_die
 
 PAIRS = (
     PromptPair("weapons", "a cat and a book", "a cat and a pistol"),
@@ -54,7 +57,7 @@ def run(host: TinyHost, folder: Path, settings: StoreSettings = SETTINGS) -> lis
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK}
 
 
 class Everything:
@@ -193,3 +196,63 @@ def test_pooled_vectors_pair_as_they_are(host: TinyHost, tmp_path: Path) -> None
     _, expected = host.text_states([pairs[0].unsafe or "", pairs[0].safe])
     torch.testing.assert_close(torch.cat([unsafe, safe]), expected, atol=0.01, rtol=0.01)  # bfloat16
     assert store.images("pooled", [1]).shape == (1, 1, 2, 1, 8)
+
+
+# several captures into one store
+
+
+class SlowHost(TinyHost):
+    """Says what it samples, and takes its time."""
+
+    def __init__(self, transformer: nn.Module, sampled: Path):
+        super().__init__(transformer)
+        self.sampled = sampled
+
+    def sample(self, prompts: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        with self.sampled.open("a") as file:
+            file.write("".join(f"{prompt}\n" for prompt in prompts))
+        time.sleep(0.2)
+        return super().sample(prompts, *args, **kwargs)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_second_capture_waits_and_finds_the_shards_of_the_first(
+    host: TinyHost, tiny_flux: nn.Module, tmp_path: Path
+) -> None:
+    def work(_: int) -> None:
+        slow = SlowHost(tiny_flux, tmp_path / "sampled")
+        run(slow, tmp_path / "store")
+
+    fork_each(work, 3)
+    run(host, tmp_path / "alone")
+    assert content(tmp_path / "store") == content(tmp_path / "alone")
+    sampled = (tmp_path / "sampled").read_text().splitlines()
+    assert len(sampled) == len(set(sampled)) == 7  # nothing twice
+
+
+def test_what_waits_says_so_and_can_be_ended(
+    host: TinyHost, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Ended(Exception):
+        pass
+
+    def end(done: int, total: int) -> None:
+        raise Ended
+
+    writer = ActivationWriter.open(tmp_path, SETTINGS)
+    lock = writer.try_alone()
+    assert lock is not None
+    with lock, pytest.raises(Ended), caplog.at_level(logging.WARNING, "safedig"):
+        capture(host, ActivationWriter.open(tmp_path, SETTINGS), end)
+    assert "another capture is writing to it, so this one waits" in caplog.text
+    assert len(writer.missing()) == 3
+    run(host, tmp_path)
+    assert writer.missing() == []
+
+
+def test_a_capture_of_settings_that_were_replaced_is_refused(host: TinyHost, tmp_path: Path) -> None:
+    """Two may open a new store at once; only one of them captures."""
+    late = ActivationWriter.open(tmp_path, SETTINGS)
+    run(host, tmp_path, replace(SETTINGS, seed=4))
+    with pytest.raises(StoreError, match="other settings: seed is 4 there and 3 here"):
+        capture(host, late)

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safedig_core.files import sha256_of
+from safedig_core.files import LOCK, sha256_of
 from safedig_core.positions import Architecture
-from safedig_core.prompts import PromptPair, fingerprint
+from safedig_core.prompts import MAX_LINES, PromptPair, fingerprint
 from safedig_core.store import store as activations
+from safedig_core.store.settings import MAX_SPANS
 from safedig_core.store.store import ActivationStore, ActivationWriter, StoreError, StoreSettings
 from tests.tiny import run_and_die
 
@@ -91,7 +92,7 @@ def fill(folder: Path, chosen: StoreSettings = SETTINGS) -> None:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK}
 
 
 @pytest.fixture(scope="module")
@@ -380,6 +381,26 @@ def test_keep_is_no_setting(whole: Path) -> None:
     assert SETTINGS.prompts_sha256 == fingerprint(SETTINGS.prompts) != fingerprint(PAIRS)
 
 
+def test_what_has_no_shard_yet_takes_other_settings(tmp_path: Path) -> None:
+    ActivationWriter.open(tmp_path, replace(SETTINGS, seed=6))
+    writer = ActivationWriter.open(tmp_path, SETTINGS)
+    lock = writer.try_alone()
+    assert lock is not None and writer.try_alone() is None
+    with lock, pytest.raises(StoreError, match="other settings: seed is 5 there and 6 here"):
+        ActivationWriter.open(tmp_path, replace(SETTINGS, seed=6))  # it is being captured
+    writer.write(0, shard(writer, 0))
+    with pytest.raises(StoreError, match="other settings: seed is 5 there and 6 here"):
+        ActivationWriter.open(tmp_path, replace(SETTINGS, seed=6))
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / LOCK).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="store: "):
+        ActivationWriter.open(tmp_path / "store", SETTINGS)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_folders_that_are_no_store_are_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "store.json").unlink()
     with pytest.raises(StoreError, match="no store.json"):
@@ -565,7 +586,11 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"spans": 1}, "spans is not a list"),
     ({"spans": [[]]}, "spans must be those of all prompts"),
     ({"spans": [[[1, 0]], *[[]] * 6]}, "spans must run from a token to a later one"),
-    ({"spans": [[[0]], *[[]] * 6]}, "is not a list of our size"),
+    ({"spans": [[[0]], *[[]] * 6]}, "is not a span"),
+    ({"spans": [[[0, True]], *[[]] * 6]}, "is not a span"),
+    ({"spans": [[[0, 0]] * MAX_SPANS, [[0, 0]], *[[]] * 5]}, "more than 1048576 spans"),
+    ({"prompts": [["safe", "a", None]] * (MAX_LINES + 1)}, "more than 65536 prompts"),
+    ({"prompts": [["safe", "a\u200bb", None]]}, "hidden or direction-changing characters"),
     ({"dtype": "float16"}, "dtype is 'float16'"),
 ]
 

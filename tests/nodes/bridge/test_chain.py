@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -428,3 +429,33 @@ def test_no_function_takes_more_than_seven_arguments() -> None:
         if function.__module__ == chain.__name__:
             assert len(inspect.signature(function).parameters) <= 7, name
     assert len(inspect.signature(chain.Making).parameters) <= 7
+
+
+@pytest.mark.parametrize("name", ["con", "NUL", "aux.safetensors", "Prn.1", "COM1", "lpt9.tar.gz", "nul .x"])
+def test_names_of_windows_devices_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="on Windows it is a device"):
+        work.plain_name(name, "a folder")
+    for fine in (f"x{name}", "console", "com", "null"):
+        assert work.plain_name(fine, "a folder") == fine
+
+
+@pytest.mark.parametrize("name", ["activations", "checkpoints", "dictionaries"])
+@pytest.mark.parametrize("kind", ["link", "link inside", "pipe"])
+def test_a_run_does_not_write_through_links(capture: Any, tmp_path: Path, name: str, kind: str) -> None:
+    """Who can write into a run's folder could lead it to another store, and have its settings deleted."""
+    elsewhere, place = tmp_path / "elsewhere", tmp_path / "run" / name
+    elsewhere.mkdir()
+    (elsewhere / "store.json").write_text("another's")
+    if name != "activations":
+        captured, _ = capture()
+    place.parent.mkdir(exist_ok=True)
+    if kind == "link":
+        place.symlink_to(elsewhere)
+    elif kind == "link inside":
+        place.mkdir()
+        (place / "store.json").symlink_to(elsewhere / "store.json")
+    else:
+        os.mkfifo(place)
+    with pytest.raises(ValueError, match=rf"{name} must be a folder without links"):
+        capture() if name == "activations" else train(captured)
+    assert {path.name: path.read_text() for path in elsewhere.iterdir()} == {"store.json": "another's"}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import re
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,17 +41,14 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     made = write_dictionary(pack / "own.safetensors", plan)
     entry = index.entry_for(made.path, made.card, "own-one", file="own.safetensors")
     (pack / "index.json").write_text(index.index_text([entry]))
-    monkeypatch.setattr(index, "PACK_INDEX", pack / "index.json")
+    for module in (index, sources):
+        monkeypatch.setattr(module, "PACK_INDEX", pack / "index.json")
     for module in (sources, sources.hub):
         monkeypatch.setattr(module, "PACK", pack)
 
     fake: Any = ModuleType("folder_paths")
     fake.models_dir = str(tmp_path / "models")
     fake.get_folder_paths = lambda kind: [str(folder)]
-    fake.get_filename_list = lambda kind: sorted(
-        str(p.relative_to(folder)) for p in folder.rglob("*.safetensors")
-    )
-    fake.get_full_path = lambda kind, name: str(folder / name) if (folder / name).is_file() else None
     monkeypatch.setitem(sys.modules, "folder_paths", fake)
     return folder
 
@@ -69,6 +70,90 @@ def test_one_list_of_all_and_its_values_do_not_change(models: Path) -> None:
     (models / "hub" / f"tiny.{'ab' * 8}.safetensors").write_bytes(b"x")
     assert sources.choices() == before
     assert sources.listed(before[2], sources.find(before[2]))["state"] == "downloaded"
+
+
+def test_the_list_reads_each_index_once(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [test_index.ENTRY | {"id": f"tiny-{i}", "sha256": f"{i:064x}"} for i in range(100)]
+    (models / "further.json").write_text(json.dumps(test_index.INDEX | {"entries": entries}))
+    read: list[str] = []
+
+    def counted(path: Path) -> list:
+        read.append(path.name)
+        return whole(path)
+
+    whole = index.read_index
+    monkeypatch.setattr(index, "read_index", counted)
+    assert len(sources.lines()) == 102 and sorted(read) == ["further.json", "index.json"]
+    sources.shown("tiny-7 (hub)")
+    assert len(read) == 2
+    (models / "further.json").write_text(json.dumps(test_index.INDEX))
+    assert [line["name"] for line in sources.lines()][2:] == ["tiny-weapons (hub)", "tiny-substances (hub)"]
+    assert len(read) == 4
+
+
+def test_what_is_no_file_of_its_own_is_neither_listed_nor_opened(models: Path, tmp_path: Path) -> None:
+    before = sources.lines()
+    (tmp_path / "outside").mkdir()
+    outside = tmp_path / "outside" / "theirs.safetensors"
+    outside.write_bytes((models / "mine.safetensors").read_bytes())
+    (models / "dangling.safetensors").symlink_to(tmp_path / "nowhere")
+    (models / "link.safetensors").symlink_to(outside)
+    (models / "zero.safetensors").symlink_to("/dev/zero")
+    (models / "folder").symlink_to(outside.parent)
+    (models / "loop").symlink_to(models)
+    (models / "folder.safetensors").mkdir()
+    os.mkfifo(models / "pipe.safetensors")
+    os.mkfifo(models / "pipe.json")
+    (models / "dangling.json").symlink_to(tmp_path / "nowhere")
+    for name in ("NUL.safetensors", "com1.x.safetensors", ".hidden.safetensors", "a\u202eb.safetensors"):
+        (models / name).write_bytes(outside.read_bytes())
+    (models / ".mine.safetensors.01234567.part").mkdir()
+    (models / ".mine.safetensors.01234567.part" / "mine.safetensors").write_bytes(b"x")
+    assert sources.lines() == before
+    for path in (*models.glob("*"), models / "folder" / outside.name, models / "loop" / "mine.safetensors"):
+        if (path.suffix == ".safetensors" and path.name != "mine.safetensors") or path.parent != models:
+            shown = sources.shown(str(path.relative_to(models)))
+            assert shown["error"].startswith("There is no dictionary"), path
+
+
+def test_of_what_can_not_be_read_only_that_is_missing(models: Path) -> None:
+    (models / "sub").mkdir()
+    (models / "sub" / "empty.safetensors").write_bytes(b"")
+    (models / "broken.json").write_text("{")
+    names = [line["name"] for line in sources.lines()]
+    assert names == [
+        "mine.safetensors", str(Path("sub/empty.safetensors")), "own-one (bundled)", "tiny-weapons (hub)",
+        "tiny-substances (hub)",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["cut.safetensors", "own-one (bundled)", "gone"])
+def test_errors_are_told_without_the_servers_folders(models: Path, name: str) -> None:
+    (models / "cut.safetensors").write_bytes(b"x" * 100)
+    (models / "broken.json").write_text("{")
+    own = sources.PACK / "own.safetensors"
+    own.write_bytes(own.read_bytes()[:-1])
+    told = sources.shown(name)["error"]
+    assert str(models.parent.parent) not in told
+    what = {"cut.safetensors": "cut", "own-one (bundled)": "own", "gone": "broken"}[name]
+    assert re.search(rf"^{what}\.(json|safetensors): ", told, re.MULTILINE)
+
+
+def test_files_are_read_beside_the_event_loop(models: Path) -> None:
+    async def ask() -> list:
+        reading = asyncio.gather(
+            *(sources._read(work) for work in (wait, threading.get_ident, sources.lines))
+        )
+        await asyncio.sleep(0)
+        go_on.set()  # a server whose loop waited for the first would never get here
+        return (await reading)[1:]
+
+    def wait() -> None:
+        assert go_on.wait(60)
+
+    go_on = threading.Event()
+    thread, lines = asyncio.run(ask())
+    assert thread != threading.get_ident() and lines == sources.lines()
 
 
 def test_a_reference_decides(models: Path) -> None:

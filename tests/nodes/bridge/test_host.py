@@ -15,14 +15,15 @@ from torch import Tensor
 
 from safedig_core.dictionary.dictionary import Action
 from tests.nodes.conftest import pack_module
-from tests.tiny import write_dictionary
+from tests.tiny import TINIES, write_dictionary
 
 host_module = pack_module("nodes.bridge.host")
+FAMILIES = pack_module("safedig_core.families").FAMILIES
 taps = pack_module("safedig_core.hosts.taps")
 NotSteered = pack_module("nodes.bridge.attachment").NotSteered
 SETTINGS = host_module.SamplerSettings(4, 2.0, "euler", "simple", 64, 64, "a blur")
 PROMPTS = ["a cat and a pistol", "a cat and a book", "a dog"]
-BLOCK = {"flux": "double.1.img", "sd3": "joint.1.img"}
+BLOCK = {name: f"{tiny.traits.kinds[0]}.1.img" for name, tiny in TINIES.items()}
 
 
 class Clip:
@@ -65,30 +66,42 @@ def test_the_tap_is_given_the_positive_rows_in_order(world: Any, family: str) ->
     tap = recorder(["text", BLOCK[family]], 3)
     host.sample(PROMPTS, [1, 2, 3], tap)
     sequences = torch.cat([Clip().encode_from_tokens_scheduled(p)[0][0] for p in PROMPTS]).bfloat16()
-    assert tap.activations["text"].shape == (3, 4, 6, 16)
+    tokens = max(6, host.architecture.traits.least_tokens)
+    sequences = torch.nn.functional.pad(sequences, (0, 0, tokens - 6, 0))
+    assert tap.activations["text"].shape == (3, 4, tokens, 16)
     for step in range(4):
         assert torch.equal(tap.activations["text"][:, step], sequences)
     assert tap.activations[BLOCK[family]].shape == (3, 4, 16, host.architecture.width)
-    assert host.tokens()[BLOCK[family]] == 16 and host.tokens()["text"] == 6
+    assert host.tokens()[BLOCK[family]] == 16 and host.tokens()["text"] == tokens
 
 
 def test_text_states_are_what_the_prompts_positions_see(world: Any, family: str) -> None:
     clip = Clip()
-    host, tap = make(world, family, clip), recorder(["text", "pooled"], 3)
+    host = make(world, family, clip)
+    tap = recorder([*host.architecture.positions()[: 2 if host.architecture.pooled_width else 1]], 3)
     sequence, pooled = host.text_states(PROMPTS)
     assert sequence.dtype == pooled.dtype == torch.float32 and host.unknown(PROMPTS) == PROMPTS
     host.sample(PROMPTS, [1, 2, 3], tap)
     assert torch.equal(tap.activations["text"][:, 3], sequence.bfloat16())
-    assert torch.equal(tap.activations["pooled"][:, 3], pooled[:, None].bfloat16())
-    assert host.tokens()["pooled"] == 1
+    assert pooled.shape == (3, host.architecture.pooled_width)
+    if "pooled" in tap.positions:
+        assert torch.equal(tap.activations["pooled"][:, 3], pooled[:, None].bfloat16())
+        assert host.tokens()["pooled"] == 1
     done = len(clip.encoded)
     assert torch.equal(host.text_states(PROMPTS)[0], sequence) and len(clip.encoded) == done
 
 
 def test_text_states_may_be_of_prompts_of_any_length(world: Any, family: str) -> None:
-    sequence, pooled = make(world, family).text_states(["a cat", "a cat on a mat in the hat of a dog"])
-    assert sequence.shape == (2, 11, 16) and pooled.shape == (2, 8)
-    assert not sequence[0, 6:].any() and sequence[1].all()
+    host, prompts = make(world, family), ["a cat", "a cat on a mat in the hat of a dog"]
+    sequence, pooled = host.text_states(prompts)
+    least = host.architecture.traits.least_tokens
+    assert sequence.shape == (2, max(11, least), 16) and pooled.shape == (2, host.architecture.pooled_width)
+    short, long = (states[states.any(1)] for states in sequence)
+    assert len(short) == 6 and len(long) == 11
+    assert sequence[0, -5:].any() == bool(least)  # the model puts zeros in front, we put them behind
+    names = host.prompt_tokens(prompts)
+    assert [len(each) for each in names] == [max(2, least), max(11, least)]
+    assert [each[-1] for each in names] == ["cat", "dog"]
 
 
 def test_an_image_depends_on_its_prompt_and_seed_alone(world: Any, family: str) -> None:
@@ -145,7 +158,7 @@ def test_the_loss_is_that_of_the_velocity(world: Any, family: str) -> None:
     parts = [host.denoising_loss([p], latents[i : i + 1], [seeds[i]], 0.6) for i, p in enumerate(PROMPTS)]
     assert whole == pytest.approx(sum(parts) / 3, rel=1e-4)
     assert host.denoising_loss(PROMPTS, latents, seeds, 0.6, Scale(BLOCK[family], 1.0)) == whole
-    early = {"flux": "double.0.img", "sd3": "joint.0.img"}[family]  # after the last one a norm undoes it
+    early = BLOCK[family].replace("1", "0")  # after the last one a norm undoes it
     assert host.denoising_loss(PROMPTS, latents, seeds, 0.6, Scale(early, 3.0)) != whole
     drawn = host._noise(seeds)
     for parameter in host._model.model.diffusion_model.final_layer.parameters():
@@ -174,7 +187,8 @@ def test_given_conditionings_take_the_place_of_the_clip(world: Any, family: str)
         host.prepare(PROMPTS, given[:2])
     with pytest.raises(ValueError, match=r"how to encode 'a blur'"):
         host.prepare(PROMPTS, given)
-    host.prepare(PROMPTS, given, Clip().encode_from_tokens_scheduled("a blur"))
+    blur = Clip().encode_from_tokens_scheduled("a blur")
+    host.prepare(PROMPTS, given, blur)
     assert torch.equal(host.sample(PROMPTS, [1, 2, 3]), expected)
     assert host.sampler["text_encoder"] == "given"
     with pytest.raises(ValueError, match=r"how to encode 'a cow'"):
@@ -191,11 +205,34 @@ def test_given_conditionings_take_the_place_of_the_clip(world: Any, family: str)
 )
 def test_conditionings_that_say_more_are_refused(world: Any, family: str, change: Any, message: str) -> None:
     host = make(world, family)
+    if "pooled" in message and not host.architecture.pooled_width:
+        pytest.skip("it takes no vector")
     with pytest.raises(ValueError, match=message):
         host.prepare(["a cat"], [change(Clip().encode_from_tokens_scheduled("a cat"))])
 
 
+def test_a_text_encoder_that_gives_no_vector_but_a_mask_will_do(world: Any, family: str) -> None:
+    """As those of Chroma and FLUX.2; which tokens count, no family is told by the mask alone."""
+    if TINIES[family].pooled_width:
+        pytest.skip("it takes a vector")
+
+    class Bare(Clip):
+        def encode_from_tokens_scheduled(self, tokens: Any) -> list:
+            ((sequence, _),) = super().encode_from_tokens_scheduled(tokens)
+            mask = torch.ones(sequence.shape[:2])
+            return [[sequence, {"pooled_output": None, "attention_mask": mask}]]
+
+    expected = make(world, family).sample(PROMPTS, [1, 2, 3])
+    assert torch.equal(make(world, family, Bare()).sample(PROMPTS, [1, 2, 3]), expected)
+    given = [Bare().encode_from_tokens_scheduled(p) for p in [*PROMPTS, "a blur"]]
+    host = host_of(world, world.model(family), None)
+    host.prepare([*PROMPTS, "a blur"], given)
+    assert torch.equal(host.sample(PROMPTS, [1, 2, 3]), expected)
+
+
 def test_prompts_of_other_lengths_are_refused(world: Any, family: str) -> None:
+    if TINIES[family].traits.least_tokens:
+        pytest.skip("it makes them equally long")
     long = "a very long prompt with more than six words"
     with pytest.raises(ValueError, match=r"'a very long prompt.*' has 9 text tokens where others have 6"):
         make(world, family).prepare([*PROMPTS, long])
@@ -312,8 +349,14 @@ def test_without_a_clip_tokens_go_by_their_place(world: Any) -> None:
 
 
 def test_names_of_tokens_are_those_that_the_model_reads(world: Any) -> None:
-    """FLUX reads T5's tokens, SD3.5 CLIP's and then T5's; padding has no name."""
+    """FLUX.1 reads T5's tokens, SD3.5 CLIP's and then T5's, FLUX.2 zeros and then its only encoder's;
+    padding has no name."""
     clip = [(49406, 1.0), (320, 1.0), (49407, 1.0), (49407, 1.0)]
     tokens = {"g": [clip], "l": [clip], "t5xxl": [[(3, 1.0), (9, 1.2), (1, 1.0), (0, 1.0)]]}
-    assert host_module._names(tokens, "flux") == ["3", "9", "1", ""]
-    assert host_module._names(tokens, "sd3") == ["l49406", "l320", "", "", "3", "9", "1", ""]
+    assert host_module._names(tokens, FAMILIES["flux"]) == ["3", "9", "1", ""]
+    assert host_module._names(tokens, FAMILIES["sd3"]) == ["l49406", "l320", "", "", "3", "9", "1", ""]
+    assert host_module._names({"t5xxl": tokens["t5xxl"]}, FAMILIES["chroma"]) == ["3", "9", "1", ""]
+    mistral = {"mistral3_24b": [[(1, 1.0), (0, 1.0), (11, 1.0)]]}  # it has no padding
+    assert host_module._names(mistral, FAMILIES["flux2"]) == [""] * 509 + ["1", "0", "11"]
+    klein = {"qwen3_4b": [[(5, 1.0)] + 519 * [(151643, 1.0)]]}
+    assert host_module._names(klein, FAMILIES["flux2"]) == ["5"] + [""] * 519

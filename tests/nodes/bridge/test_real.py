@@ -58,8 +58,10 @@ def test_a_lora_may_come_before_or_after(world: real.World, steering: Any) -> No
 
 @pytest.mark.parametrize("compile_first", [True, False])
 def test_torch_compile(world: real.World, steering: Any, compile_first: bool) -> None:
-    """With the option that ComfyUI's own node sets: no guards on transformer_options."""
+    """With the option that ComfyUI's own node sets: no guards on transformer_options. What the first step
+    compiled serves the later ones, and later runs."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from torch._dynamo.utils import counters
 
     def no_guards_on_options(entries: Any) -> list[bool]:
         return ["transformer_options" not in entry.name for entry in entries]
@@ -79,9 +81,13 @@ def test_torch_compile(world: real.World, steering: Any, compile_first: bool) ->
     else:
         steered, attachment = patching.attach(model, steering)
         steered = compiled(steered)
+    counters.clear()
+    world.sample(steered, [world.prompt(1)], [world.prompt(99)], steps=1)
+    graphs = counters["stats"]["unique_graphs"]
     for _ in range(2):
         torch.testing.assert_close(sample(world, steered), expected)
         assert attachment.last.result["calls"] == [[1] * 4] * 3
+        assert counters["stats"]["unique_graphs"] == graphs > 0
     if compile_first:
         return
     torch.testing.assert_close(sample(world, compiled(model)), plain)

@@ -66,7 +66,7 @@ def _world() -> Any:
 
 @node(
     [
-        io.Combo.Input("family", options=["flux", "sd3"]),
+        io.Combo.Input("family", options=["flux", "sd3", "chroma", "flux2"]),
         io.Int.Input("seed", default=5, optional=True),
         io.Combo.Input("dtype", options=["float32", "bfloat16"], optional=True),
     ],
@@ -490,6 +490,9 @@ def hooks_with_options(scope: str) -> Any:
     group = comfy.hooks.HookGroup()
     group.add(hook)
     return group
+
+
+from . import hostile  # noqa: E402, F401  its nodes are made with what is above
 
 
 class TestPack(ComfyExtension):

@@ -1,7 +1,8 @@
 """Sees for itself what a diffusion model's blocks are given: forward hooks on its own modules.
 
 The tests compare it with receipts, so nothing here knows of SafeDIG. A pass is one forward pass of
-the model. Its rows go by the pooled vector of their prompt, which nothing in a graph changes unseen.
+the model. Its rows go by the pooled vector of their prompt, which nothing in a graph changes unseen; where
+the model takes none, by the first token that isn't padding.
 A position is reached in a pass where what follows its block was called; a row is moved there where
 what follows got other numbers than the block gave.
 """
@@ -11,12 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-NAMES: dict[str, str] = {}  # of prompts, by the fingerprint of their pooled vector
+NAMES: dict[str, str] = {}  # of prompts, by the fingerprint of their pooled vector, and of their first token
 PASSES: dict[str, dict[str, list[Pass]]] = {}  # by prompt_id and node_id
 KEPT = 50  # prompts
 
@@ -36,12 +38,18 @@ def fingerprint(vector: Tensor) -> str:
 
 def name(conditioning: list, called: str) -> None:
     """Lets the rows of a conditioning be known by a name."""
-    for _, extra in conditioning:
+    for sequence, extra in conditioning:
         NAMES[fingerprint(extra["pooled_output"][0])] = called
+        NAMES[fingerprint(first_token(sequence[0]))] = called
+
+
+def first_token(sequence: Tensor) -> Tensor:
+    """Of [T, d], the first one that isn't zero; a zero where all are."""
+    return next((token for token in sequence if token.any()), sequence[0])
 
 
 def observe(module: Any) -> None:
-    """Records every forward pass of a FLUX or an SD3 from now on."""
+    """Records every forward pass of a FLUX, a Chroma or an SD3 from now on."""
     if not hasattr(module, "safedig_tests_observer"):
         module.safedig_tests_observer = Flux(module) if hasattr(module, "double_blocks") else SD3(module)
 
@@ -52,7 +60,10 @@ class Observer:
     def __init__(self, module: Any, stages: dict[str, Any], pooled: Any, text: Any):
         """`stages`: the blocks by the name of their positions, in order, and the final layer."""
         self.here = threading.local()
-        pooled.register_forward_pre_hook(self.begin)
+        if pooled is None:
+            text.register_forward_pre_hook(lambda _, args: self.begin_with(map(first_token, args[0])))
+        else:
+            pooled.register_forward_pre_hook(lambda _, args: self.begin_with(args[0]))
         text.register_forward_pre_hook(self.see_text)
         self.names = list(stages)
         for at, stage in stages.items():
@@ -68,9 +79,10 @@ class Observer:
         """What a block gives, by stream."""
         raise NotImplementedError
 
-    def begin(self, _: Any, args: tuple) -> None:
+    def begin_with(self, vectors: Iterable[Tensor]) -> None:
+        """A pass, of rows with these vectors."""
         self.here.out, self.here.last = {}, 0
-        self.here.now = _new_pass([NAMES.get(found := fingerprint(row), found) for row in args[0]])
+        self.here.now = _new_pass([NAMES.get(found := fingerprint(row), found) for row in vectors])
 
     def see_text(self, _: Any, args: tuple) -> None:
         self.here.text = args[0].shape[1]
@@ -102,7 +114,8 @@ class Flux(Observer):
     def __init__(self, module: Any):
         stages = {f"double.{i}": block for i, block in enumerate(module.double_blocks)}
         stages |= {f"single.{i}": block for i, block in enumerate(module.single_blocks)}
-        super().__init__(module, stages | {"final": module.final_layer}, module.vector_in, module.txt_in)
+        vector = getattr(module, "vector_in", None)
+        super().__init__(module, stages | {"final": module.final_layer}, vector, module.txt_in)
 
     def entering(self, args: tuple, given: dict) -> dict[str, Tensor]:
         return {"img": given["img"], "txt": given["txt"]} if "txt" in given else self.split(args[0])
