@@ -445,7 +445,7 @@ def test_credits_that_a_card_can_not_hold_are_refused(name: str, text: str) -> N
 
 
 def test_credits_that_pass_are_stored(chain: Chain, tmp_path: Path) -> None:
-    said = Credits("x" * MAX_TEXT, "茶\n\t", "CC0 'é'", "\U0001f9e8")
+    said = Credits("x" * MAX_TEXT, "茶", "CC0 'é'", "\U0001f9e8")
     card = check(train(replace(chain, credits=said), tmp_path))
     assert (card.title, card.creator, card.licence) == (said.title, said.creator, said.licence)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 try:
-    import tomllib
+    import tomllib  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError:  # Python 3.10; pip brings it
     from pip._vendor import tomli as tomllib
 

@@ -22,6 +22,7 @@ from ..seeds import CALIBRATION
 from .site import Site, Windows, compile_site
 
 LENIENCE = 5  # times the false-positive rate that any single form of safe prompts may reach
+LEAST_SCALE = 1e-3  # of a witness, of the largest score: where safe images are all alike
 NEAR_RISK = "near-risk"  # the form of safe prompts that resemble the risk
 NEAR_LENIENCE = 2  # times as much as other forms
 
@@ -160,7 +161,9 @@ def calibrated_gate(
     5 % quantile lies higher still), it is raised by a quarter of the way.
     """
     offset = safe.median(0).values
-    scale = (safe.quantile(1 - false_positive_rate, dim=0) - offset).clamp(min=1e-6)
+    reach = torch.cat([safe, unsafe]).amax(0) - offset
+    scale = torch.maximum(safe.quantile(1 - false_positive_rate, dim=0) - offset, LEAST_SCALE * reach)
+    scale = torch.where(scale > 0, scale, 1.0)  # nothing was ever seen there
     quiet, loud = (((side - offset) / scale).clamp(min=0).sum(1) for side in (safe, unsafe))
     limits = [quiet.quantile(1 - false_positive_rate)]
     for form in sorted(set(forms)):

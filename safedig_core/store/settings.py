@@ -144,9 +144,9 @@ class StoreSettings:
 
 def _spans(value: Any) -> tuple[Spans, ...]:
     need(type(value) is list and all(type(spans) is list for spans in value), "spans is not a list of lists")
-    need(sum(map(len, value)) <= MAX_SPANS, f"there are more than {MAX_SPANS} spans")
-    for span in (span for spans in value for span in spans):
-        fits = type(span) is list and len(span) == 2 and type(span[0]) is type(span[1]) is int
-        if not fits:
+    lists: list[list[Any]] = value
+    need(sum(map(len, lists)) <= MAX_SPANS, f"there are more than {MAX_SPANS} spans")
+    for span in (span for spans in lists for span in spans):
+        if not (type(span) is list and len(span) == 2 and type(span[0]) is type(span[1]) is int):
             raise ValueError(f"{span!r:.60} is not a span")
-    return tuple(tuple((start, stop) for start, stop in spans) for spans in value)
+    return tuple(tuple((start, stop) for start, stop in spans) for spans in lists)

@@ -100,6 +100,7 @@ def test_a_pocket_model_elsewhere_is_evaluated(pocket: PocketModel, tmp_path: Pa
     with Elsewhere():
         host = elsewhere(pocket)
         outcome = run(host, judge, pairs, Method("steered", steering.run), images_per_prompt=3, batch=2)
+    assert outcome.features is not None
     assert outcome.latents.device == outcome.features.device == torch.device("cpu")
     assert [len(receipt["images"]) for receipt in outcome.receipts] == [2, 1]
 

@@ -291,7 +291,7 @@ def test_a_byte_at_a_time_is_too_slow(
     began = time.monotonic()
     with pytest.raises(HubError, match="silent, or slower than 16 KiB a second.*is kept"):
         fetch(reference(server), tmp_path)
-    assert time.monotonic() < began + 60  # a part takes 200 s
+    assert time.monotonic() < began + 150  # a part takes 200 s
 
 
 TRY = (
@@ -313,7 +313,7 @@ def test_redirects_into_the_private_network_are_refused(server: FakeHub, tmp_pat
     asked = [reference(server, repo=repo, revision=server.commits[repo][0][0]) for repo in server.elsewhere]
     through = {name: server.url for name in ("HTTP_PROXY", "http_proxy")} | {"NO_PROXY": "", "no_proxy": ""}
     child = process(server, TRY, tmp_path, *asked, HF_ENDPOINT="http://hub.invalid", **through)
-    said = child.communicate(timeout=60)[0].splitlines()
+    said = child.communicate(timeout=300)[0].splitlines()
     assert all("redirects to" in line and "private network" in line for line in said[:4]), said
     assert "redirects to what is no https address" in said[4] and said[5:] == ["FETCHED"], said
     assert len(server.ranges()) == 1
