@@ -31,8 +31,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A few prompts of each kind, as files."""
     folder = tmp_path_factory.mktemp("prompts")
     found = {}
-    for name in ("train", "tune", "evaluate"):
-        pairs = [p for d in ("weapons", "substances", "safe") for p in shipped(name, [d])[::7][:5]]
+    for name, source, start in (("train", "train", 0), ("tune", "train", 3), ("evaluate", "evaluate", 0)):
+        pairs = [p for d in ("weapons", "substances", "safe") for p in shipped(source, [d])[start::7][:5]]
         write_prompts(folder / f"{name}.jsonl", pairs)
         found[name] = str(folder / f"{name}.jsonl")
     return found

@@ -50,7 +50,7 @@ def sample(model: Any, clip: Any, prompt: str, noise: torch.Tensor, host: Any) -
         noise,
         positive,
         negative,
-        2.5,
+        4.0,
         torch.device("cpu"),
         comfy.samplers.sampler_object("euler"),
         schedule(host.steps, SHIFT[host.name]),

@@ -102,7 +102,8 @@ def test_steering_changes_the_picture_and_says_so(server: Server, family: str) -
     assert run["positions"] == [POSITION[family]] and len(run["images"]) == 2
     text = result.outputs["receipt"]["text"][0]
     assert text.startswith("Verdict: weapons steered") and f"{POSITION[family]}: 6 of 6 calls" in text
-    assert server.file(result.outputs["receipt"]["images"][0]).is_file()
+    (view,) = map(json.loads, result.outputs["receipt"]["safedig_view"])
+    assert server.file(view["heat"][0]).is_file()
 
     from PIL import Image
 
