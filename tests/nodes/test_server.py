@@ -110,7 +110,8 @@ def test_steering_changes_the_picture_and_says_so(server: Server, family: str) -
     with Image.open(server.file(result.outputs["saved"]["images"][0])) as picture:
         (said,) = json.loads(picture.info["safedig"])["receipt"]
         assert said | {"runs": report["runs"]} == report
-        assert said["runs"] == [{k: run[k] for k in ("sampler_node", "steps", "evaluations", "problems")}]
+        named = ("sampler_node", "steps", "evaluations", "problems", "calibration", "checkpoint")
+        assert said["runs"] == [{k: run[k] for k in named}]
 
 
 def test_strength_zero_is_as_if_the_node_were_not_there(server: Server, family: str) -> None:
