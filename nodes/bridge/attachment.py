@@ -181,6 +181,7 @@ class Attachment:
                 self._problem(f"the sampler never called the model in {record.steps} steps")
             if record.evaluations and not torch.isfinite(out).all():
                 self._problem("the picture has numbers that are not finite")
+            self._check_after(sampling)
             record.finished = True
         finally:
             if sampling.tap is not None:
@@ -386,6 +387,9 @@ class Attachment:
                 present[kind] = {KEY: by_key[KEY], **by_key}
             elif kind == APPLY_MODEL:  # innermost, so that no other wrapper takes the hooks out again
                 present[kind] = {k: v for k, v in by_key.items() if k != KEY} | {KEY: by_key[KEY]}
+
+    def _check_after(self, sampling: Sampling) -> None:
+        """What can be told of the whole run only."""
 
     def _check_evaluation(self, sampling: Sampling, planned: int, timestep: Tensor) -> None:
         """That every row of the tap's branch went through the model, and was given to every position."""

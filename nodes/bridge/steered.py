@@ -15,7 +15,7 @@ from ...safedig_core.dictionary.dictionary import Dictionary
 from ...safedig_core.hosts.host import Tap
 from ...safedig_core.steering.calibration import Calibration, InForce, beside, in_force
 from ...safedig_core.steering.site import Site
-from ...safedig_core.steering.steering import RiskFound, Run, Steering
+from ...safedig_core.steering.steering import UNDONE, RiskFound, Run, Steering
 from .attachment import KEY, Attachment, Sampling, with_wrappers
 from .host import levels_of
 from .ledger import LEDGER, Record
@@ -88,6 +88,13 @@ class SteeringAttachment(Attachment):
 
     def _level(self, sigma: Tensor) -> Tensor:
         return sigma  # stays on the device
+
+    def _check_after(self, sampling: Sampling) -> None:
+        if isinstance(sampling.tap, Run):
+            images = sampling.tap.receipt()["images"]
+            undone = {name for image in images for name in image if image[name]["status"] == UNDONE}
+            if undone:
+                self._problem(f"what was done for {', '.join(sorted(undone))} was {UNDONE}: leave one out")
 
     def _finish(self, sampling: Sampling) -> None:
         """The run's numbers, read back from the device, once."""

@@ -871,6 +871,22 @@ def test_a_picture_that_is_not_finite_is_an_error(world: Any, family: str, build
     assert "not finite" in attachment.last.problems[-1]
 
 
+@pytest.mark.parametrize("policy", ["block", "warn"])
+def test_what_other_domains_undo_was_not_steered_as_planned(
+    world: Any, family: str, build: Any, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, attachment = patching.attach(world.model(family), build(), policy=policy)
+    sample(world, model)
+    assert not attachment.last.problems
+    monkeypatch.setattr(steering_module, "LEAST_LEFT", 1.1)  # so that nothing is left of enough
+    if policy == "block":
+        with pytest.raises(NotSteered, match="weapons was undone by other domains"):
+            sample(world, model)
+    else:
+        sample(world, model)
+    assert "undone by other domains" in attachment.last.problems[-1]
+
+
 @pytest.mark.parametrize("fault", ["interrupt", "error in a block", "stop"])
 def test_a_run_that_ended_early_is_not_finished(world: Any, family: str, build: Any, fault: str) -> None:
     steering = build(modes={"weapons": "stop"}) if fault == "stop" else build()
