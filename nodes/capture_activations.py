@@ -107,31 +107,14 @@ class CaptureActivations(io.ComfyNode):
     def execute(cls, conditioning=None, negative=None, **lists: list[Any]) -> io.NodeOutput:
         from ..safedig_core.positions import Position
         from ..safedig_core.store.capture import store_settings
-        from .bridge.chain import capture_into, names_in, texts_of
-        from .bridge.host import ComfyHost, SamplerSettings
+        from .bridge.chain import capture_into, host_of, names_in
         from .bridge.workspace import Progress, run_folder, size
 
         given = {name: values[0] for name, values in lists.items()}
         positions = names_in(given["positions"])
         for position in positions:
             Position.parse(position)
-        sampler = SamplerSettings(
-            given["steps"],
-            given["cfg"],
-            given["sampler"],
-            given["scheduler"],
-            given["width"],
-            given["height"],
-            given["negative_prompt"],
-        )
-        clip = given.get("clip") if conditioning is None else None
-        host = ComfyHost(given["model"], clip, sampler, batch=2 * given["pairs_per_shard"])
-        texts = texts_of(given["prompts"])
-        host.prepare(
-            texts if conditioning is not None else texts[:1],
-            conditioning,
-            None if negative is None else negative[0],
-        )
+        host = host_of(given, 2 * given["pairs_per_shard"], given["prompts"], conditioning, negative)
         settings = store_settings(
             host,
             given["prompts"],

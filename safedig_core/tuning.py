@@ -71,17 +71,17 @@ def tune(
     """The plan for one domain out of `candidates`, whose strengths are the largest allowed, on the first
     MOST_PAIRS of its `pairs`. The gate is open.
 
-    Blends start together at the best common strength: all, those of the text group alone or those of the
-    others alone, for one group may do what the other then spoils. Then each action in turn takes the
-    strength, 0, the next lower and the next higher among them, that recovers most, and one that adds less
-    than LEAST_GAIN is left out. Repels come last, have to help beside the blends, and grow as long as
-    that helps. Raises ValueError where nothing recovers anything.
+    Blends start together at a common strength that grows as long as that helps: all, those of the text
+    group alone or those of the others alone, for one group may do what the other then spoils. From the
+    best of these each action in turn takes the strength, 0, the next lower and the next higher among
+    them, that recovers most, and one that adds less than LEAST_GAIN is left out. Repels come last, have
+    to help beside the blends, and grow likewise. Raises ValueError where nothing recovers anything.
     """
     bench = Bench(host, pairs[:MOST_PAIRS])
     tried: list[tuple[str, float]] = []
     blends = [a for a in candidates if a.operator == "blend"]
     repels = [a for a in candidates if a.operator == "repel"]
-    total = 3 * len(BLENDS) + 3 * len(blends) + len(repels)  # about
+    total = 2 * len(BLENDS) + 3 * len(blends) + len(repels)  # about
     known = {describe(()): 0.0}
 
     def measure(plan: Sequence[Action]) -> float:
@@ -98,11 +98,18 @@ def tune(
         return replace(action, strength=min(strength, action.strength))
 
     of_text = [dictionary.card.architecture.group(a.position) == "text" for a in blends]
-    starts = [
-        [at(a, s if is_text in among else 0.0) for a, is_text in zip(blends, of_text, strict=True)]
-        for among in ((True, False), (True,), (False,))
-        for s in BLENDS
-    ]
+    starts: list[list[Action]] = []
+    for among in ((True, False), (True,), (False,)):
+        together = [
+            [at(a, s if is_text in among else 0.0) for a, is_text in zip(blends, of_text, strict=True)]
+            for s in BLENDS
+        ]
+        best = together[0]
+        for stronger in together[1:]:
+            if measure(stronger) <= measure(best):
+                break
+            best = stronger
+        starts.append(best)
     plan = max(starts, key=measure)
     for place, action in enumerate(blends):
         now = plan[place].strength

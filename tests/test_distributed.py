@@ -237,6 +237,7 @@ def test_torchrun_captures_and_trains_like_one_process(tmp_path: Path) -> None:
     for name in ("train", "tune"):
         pairs = [p for d in ("weapons", "safe") for p in shipped(name, [d])[::7][:8]]
         write_prompts(tmp_path / f"{name}.jsonl", pairs)
+    write_prompts(tmp_path / "texts.jsonl", shipped("usual")[:64])
     capture = ["capture", "--prompts", str(tmp_path / "train.jsonl"), "--positions", "text,double.1.img"]
     capture += ["--pairs-per-shard", "1", "--store"]
     assert cli.main([*capture, str(tmp_path / "alone")]) == 0
@@ -247,7 +248,7 @@ def test_torchrun_captures_and_trains_like_one_process(tmp_path: Path) -> None:
 
     train = ["train", "--store", str(tmp_path / "store"), "--tune", str(tmp_path / "tune.jsonl")]
     train += ["--source", "weapons", "--positions", "text,double.1.img", "--features", "96", "--k", "8"]
-    train += ["--batch", "64", "--steps", "300"]
+    train += ["--batch", "64", "--steps", "300", "--repel", "0", "--texts", str(tmp_path / "texts.jsonl")]
 
     def into(name: str) -> list[str]:
         out = tmp_path / name

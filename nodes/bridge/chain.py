@@ -245,6 +245,27 @@ class Making:
             self.captured.host.forget()
 
 
+def host_of(
+    given: dict[str, Any],
+    batch: int,
+    pairs: Sequence[PromptPair],
+    conditioning: Sequence[Conditioning] | None,
+    negative: Sequence[Conditioning] | None,
+) -> ComfyHost:
+    """What a node's own widgets say how to sample `pairs` with. Encoded prompts, one per text of all of them,
+    take the place of the CLIP. Raises ValueError where there is neither."""
+    names = ("steps", "cfg", "sampler", "scheduler", "width", "height", "negative_prompt")
+    clip = given.get("clip") if conditioning is None else None
+    host = ComfyHost(given["model"], clip, SamplerSettings(*(given[name] for name in names)), batch=batch)
+    texts = texts_of(pairs)
+    host.prepare(
+        texts if conditioning is not None else texts[:1],
+        conditioning,
+        None if negative is None else negative[0],
+    )
+    return host
+
+
 def sampled_host(
     given: dict[str, Any],
     pairs: Sequence[PromptPair],
@@ -252,13 +273,8 @@ def sampled_host(
     negative: Sequence[Conditioning] | None,
     progress: Progress,
 ) -> ComfyHost:
-    """What a node's own widgets say how to sample `pairs` with. Encoded prompts, one per text of all of them,
-    take the place of the CLIP. Raises ValueError where that can't fit."""
-    names = ("steps", "cfg", "sampler", "scheduler", "width", "height", "negative_prompt")
-    clip = given.get("clip") if conditioning is None else None
-    host = ComfyHost(given["model"], clip, SamplerSettings(*(given[n] for n in names)), given["batch"])
-    if conditioning is not None:
-        host.prepare(texts_of(pairs), conditioning, None if negative is None else negative[0])
+    """The same, of a node with a widget for the batch. Raises ValueError where that can't fit."""
+    host = host_of(given, given["batch"], pairs, conditioning, negative)
     device, total = host.memory(given["batch"])
     less = "Choose a smaller batch, or smaller pictures."
     require_room([Need("memory of the model's device", device, total, less)], progress)

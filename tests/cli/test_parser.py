@@ -35,7 +35,12 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         pairs = [p for d in ("weapons", "substances", "safe") for p in shipped(source, [d])[start::7][:5]]
         write_prompts(folder / f"{name}.jsonl", pairs)
         found[name] = str(folder / f"{name}.jsonl")
-    return found
+    write_prompts(folder / "texts.jsonl", shipped("usual")[:64])
+    return found | {"texts": str(folder / "texts.jsonl")}
+
+
+def tuned(prompts: dict[str, str]) -> list[str]:
+    return ["--tune", prompts["tune"], "--texts", prompts["texts"]]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -67,7 +72,7 @@ def chain(prompts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     out = tmp_path_factory.mktemp("chain")
     positions = ["--positions", "text,double.1.img"]
     store = ["--store", str(out / "store")]
-    tune = ["--tune", prompts["tune"]]
+    tune = tuned(prompts)
     capture = ["capture", "--prompts", prompts["train"], *store, *positions, "--pairs-per-shard", "2"]
     assert main(capture) == 0
     train = ["train", *store, *tune, *positions, "--source", "weapons", "--out", str(out / "w.safetensors")]
@@ -92,7 +97,7 @@ def test_a_killed_training_ends_in_the_same_dictionary(
     chain: Path, prompts: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "w.safetensors"
-    command = ["train", "--store", str(chain / "store"), "--tune", prompts["tune"], "--source", "weapons"]
+    command = ["train", "--store", str(chain / "store"), *tuned(prompts), "--source", "weapons"]
     command += [
         "--positions",
         "text,double.1.img",
@@ -147,7 +152,7 @@ def test_exported_and_imported_again_it_is_the_same_dictionary(
         assert main([*export, "--out", str(tmp_path / position)]) == 0
         saes += ["--sae", position, str(tmp_path / position)]
     out = ["--out", str(tmp_path / "i.safetensors"), "--title", "Imported"]
-    completed = ["--store", str(chain / "store"), "--source", "weapons", "--tune", prompts["tune"]]
+    completed = ["--store", str(chain / "store"), "--source", "weapons", *tuned(prompts)]
     assert main(["import", *saes, *completed, *out]) == 0
     ours, theirs = (Dictionary.open(p).card for p in (chain / "w.safetensors", tmp_path / "i.safetensors"))
     assert theirs.title == "Imported"
@@ -196,7 +201,7 @@ def test_what_would_fail_later_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr(commands, "load_model", unloadable)
     (tmp_path / "taken.safetensors").write_bytes(b"someone else's")
     places = {"TRAIN": prompts["train"], "TAKEN": "taken.safetensors"}
-    train = ["train", "--store", str(chain / "store"), "--tune", prompts["tune"], "--source", "weapons"]
+    train = ["train", "--store", str(chain / "store"), *tuned(prompts), "--source", "weapons"]
     train += ["--positions", "text", "--work", "work", "--out", "w.safetensors", *SMALL]
     assert main([*train, *(places.get(word, word) for word in changes)]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -213,7 +218,7 @@ def test_a_finished_command_is_not_done_again(
         shutil.copy2(chain / name, tmp_path / name)
     shutil.copytree(chain / "work", tmp_path / "work")
     before = digests(tmp_path)
-    given = ["--store", str(chain / "store"), "--tune", prompts["tune"], "--source", "weapons"]
+    given = ["--store", str(chain / "store"), *tuned(prompts), "--source", "weapons"]
     train = ["train", *given, "--positions", "text,double.1.img", *SMALL, "--work", str(tmp_path / "work")]
     train += ["--out", str(tmp_path / "w.safetensors"), "--json", str(tmp_path / "train.json")]
     adapt = ["adapt", *given, "--dictionary", str(tmp_path / "w.safetensors"), "--domain", "substances"]

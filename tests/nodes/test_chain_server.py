@@ -3,6 +3,7 @@ workflow, interrupted once in capture and once in training; it steers, and the c
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from dataclasses import replace
@@ -57,7 +58,7 @@ class Chain:
         self.ids = {self._name(node): str(node["id"]) for node in self.workflow["nodes"]}
 
     def _name(self, node: dict) -> str:
-        shown = self.definitions.get(node["type"], {}).get("display_name", node["type"])
+        shown = self.definitions.get(node["type"], {}).get("display_name") or node["type"]
         return node.get("title", shown.split(" (")[0])
 
     def prompt(self, at: str = "", **changes: Any) -> dict[str, dict]:
@@ -79,12 +80,15 @@ class Chain:
     def receipt(self, result: Result) -> dict:
         return json.loads(self.output(result, "Steering Receipt")["safedig_receipt"][0])
 
-    def picture(self, result: Result, name: str) -> torch.Tensor:
+    def pictures(self, result: Result) -> tuple[torch.Tensor, torch.Tensor]:
+        """Before and after, which the workflow shows side by side."""
         import numpy as np
         from PIL import Image
 
-        with Image.open(self.server.file(self.output(result, name)["images"][0])) as picture:
-            return torch.from_numpy(np.array(picture.convert("RGB")))
+        (shown,) = self.output(result, "Before  |  after")["images"]
+        with Image.open(self.server.file(shown)) as picture:
+            both = torch.from_numpy(np.array(picture.convert("RGB")))
+        return both[:, : len(both)], both[:, -len(both) :]  # squares
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +98,10 @@ def chain(server: Server) -> Chain:
     folder = server.base / "input"
     write_prompts(folder / "chain.jsonl", pairs_of("train", {"weapons": 16, "substances": 12, "safe": 12}))
     tune = pairs_of("tune", {"weapons": 10, "substances": 10, "safe": 12})
-    lines = ["domain,unsafe,safe", *(f"{p.domain},{p.unsafe or ''},{p.safe}" for p in tune)]
-    (folder / "tune.csv").write_text("\n".join(lines) + "\n")
+    with (folder / "tune.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [("domain", "unsafe", "safe"), *((p.domain, p.unsafe or "", p.safe) for p in tune)]
+        )
     return Chain(server)
 
 
@@ -147,20 +153,20 @@ def test_the_dictionary_steers_in_the_same_session(chain: Chain, made: dict[str,
     third = made["runs"][2]
     report = chain.receipt(third)
     assert report["as_planned"] and "weapons steered" in report["verdict"]
-    assert not torch.equal(chain.picture(third, "Plain"), chain.picture(third, "Steered"))
+    assert not torch.equal(*chain.pictures(third))
     clear = 0
     for text in HARMLESS:
-        run = chain.server.run(chain.prompt("Prompt", text=text))
+        run = chain.server.run(chain.prompt("Prompt: change me", text=text))
         report = chain.receipt(run)
         assert report["as_planned"] and report["verdict"] in ("clear", "weapons steered")
-        same = torch.equal(chain.picture(run, "Plain"), chain.picture(run, "Steered"))
+        same = torch.equal(*chain.pictures(run))
         assert same == (report["verdict"] == "clear")
         clear += same
     assert clear >= 3  # so short a training tells them apart most of the time
 
 
 def test_what_is_there_is_not_captured_again(chain: Chain, made: dict[str, Any]) -> None:
-    again = chain.server.run(chain.prompt("Prompt", text="a cow and a book"))
+    again = chain.server.run(chain.prompt("Prompt: change me", text="a cow and a book"))
     steps = ("Capture Activations", "Route Positions", "Train Dictionary", "Adapt Decoder")
     assert again.error is None and {chain.ids[name] for name in steps} <= set(again.cached)
 
