@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +185,9 @@ def test_what_is_saved_is_whole_and_listed(chain: Chain, made: dict[str, Any]) -
 def test_the_command_line_makes_the_same_dictionary(
     chain: Chain, made: dict[str, Any], tmp_path: Path
 ) -> None:
-    """On the same activations every tensor is the same to the last bit; what samples anew, the gate and
-    the loss recovered, differs as far as noise levels do between the two hosts (by 0.0005 at most)."""
+    """On the same activations every tensor is the same to the last bit; what samples anew, the gate, the
+    loss recovered and the way recovered, differs as far as noise levels do between the two hosts (by 0.0005
+    at most); an action that hardly helps may stay out of one of the plans."""
     out = tmp_path / "d.safetensors"
     given = [
         "--store",
@@ -206,12 +206,15 @@ def test_the_command_line_makes_the_same_dictionary(
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0, msg=name)
     mine, other = by_nodes.card.domains["weapons"], by_hand.card.domains["weapons"]
     assert mine.features == other.features
-    routed = by_nodes.card.plan  # by hand, nothing was routed
-    assert [replace(action, score={}) for action in routed] == by_hand.card.plan
-    assert all(action.score.keys() == {"score", *WEIGHTS} for action in routed)
+    assert all(action.score.keys() == {"score", *WEIGHTS} for action in by_nodes.card.plan)
+    assert not any(action.score for action in by_hand.card.plan)  # nothing was routed
     trainings = [dict(d.card.training) for d in (by_nodes, by_hand)]
     assert trainings[0].pop("made_from") != trainings[1].pop("made_from")  # the titles differ
     assert trainings[0].pop("calibrated_on") != trainings[1].pop("calibrated_on")  # hosts have names
+    tried = [dict(map(tuple, training.pop("tried"))) for training in trainings]
+    both = tried[0].keys() & tried[1].keys()
+    assert len(both) >= 4 and all(tried[0][plan] == pytest.approx(tried[1][plan], abs=0.02) for plan in both)
+    assert trainings[0].pop("recovery") == pytest.approx(trainings[1].pop("recovery"), abs=0.03)
     assert trainings[0] == trainings[1]
     assert mine.gate is not None and other.gate is not None
     assert mine.gate.witnesses.keys() == other.gate.witnesses.keys()
@@ -250,7 +253,7 @@ def test_the_command_line_captures_the_same_activations(
         ({"domain": "weapons"}, r"already has domain 'weapons'"),
         ({"domain": ""}, r"names no domain"),
         ({"source": "knives"}, r"'knives' was not captured, only weapons, substances"),
-        ({"file": "chain.jsonl"}, r"40 of the 40 calibration prompts were captured too"),
+        ({"file": "chain.jsonl"}, r"39 of the 40 calibration prompts were captured too"),
         ({"domains": "knives"}, r"has no domain 'knives', only safe, substances, weapons"),
         ({"skip_per_domain": 100}, r"Nothing of .* is left"),
     ],
