@@ -152,11 +152,10 @@ class Chain:
             work: the folder for checkpoints, from which a killed run goes on.
         """
         self.require(path, source, positions)
-        identity, part = self.identity(source, list(positions)), work / self._training(source)
-        checkpoints = {position: part / f"{position}.ckpt.safetensors" for position in positions}
+        identity = self.identity(source, list(positions))
         if self._is_made(path, identity, overwrite):
+            checkpoints = {position: self._checkpoint(work, source, position) for position in positions}
             return {name: read_curve(file) for name, file in checkpoints.items() if file.exists()}
-        part.mkdir(parents=True, exist_ok=True)
         first = self.processes.rank == 0
         if first:
             _require_disk(self.needs(positions).disk, work)
@@ -164,11 +163,11 @@ class Chain:
         saes: dict[str, SAE] = {}
         curves: dict[str, Curve] = {}
         for position in positions:
-            saes[position], curves[position] = self._train(position, source, checkpoints[position])
+            saes[position], curves[position] = self.sae(position, source, work)
         if first:
             s = self.recipe.train
-            seen = {"tokens_seen": s.steps * s.batch, "made_from": identity}
-            self._complete(path, source, saes, positions, asdict(self.recipe) | seen)
+            seen = {"tokens_seen": s.steps * s.batch, "made_from": identity, "source": source}
+            self._complete(path, saes, positions, asdict(self.recipe) | seen, overwrite)
         return curves
 
     def complete(
@@ -185,9 +184,9 @@ class Chain:
         if self._is_made(path, identity, overwrite):
             return
         self._require_model()
-        training = asdict(self.recipe) | {"imported": dict(origins), "made_from": identity}
+        training = asdict(self.recipe) | {"imported": dict(origins), "made_from": identity, "source": source}
         del training["train"]  # what trained them is not known
-        self._complete(path, source, saes, {}, training)
+        self._complete(path, saes, {}, training, overwrite)
 
     def adapt(
         self, path: Path, dictionary: Dictionary, domain: str, source: str, overwrite: bool = False
@@ -206,7 +205,7 @@ class Chain:
         for done, position in enumerate(card.positions):
             self.progress(f"adapt to {domain}", done, len(card.positions))
             sae = dictionary.sae(position)
-            rows, delta = self._adapter(position, sae, domain, source)
+            rows, delta = self.adapter(position, sae, domain, source)
             found.features[position], adapters[position, domain] = rows.tolist(), (rows, delta)
             told[position] = self._witness(position, sae, domain)
         found.gate = _uncalibrated(told)
@@ -216,16 +215,20 @@ class Chain:
         pairs = len(self.store.indices(domain))
         training = asdict(self.recipe) | {"source": source, "pairs": pairs, "made_from": identity}
         made = replace(self._card(domain, found, scores, training), base_sha256=dictionary.sha256)
-        self._write(path, made, lambda part: save_adapter(part, made, adapters), dictionary.with_adapters)
+        save = partial(save_adapter, card=made, adapters=adapters)
+        self._write(path, made, save, dictionary.with_adapters, overwrite)
 
-    def _training(self, source: str) -> str:
-        """Stands for all that an SAE depends on."""
+    def _checkpoint(self, work: Path, source: str, position: str) -> Path:
+        """Its folder stands for all that an SAE depends on."""
         what = (source, asdict(self.recipe.train), fingerprint(self._texts), __version__)
-        return digest(self.store.settings.to_json(), *what)[:16]
+        name = digest(self.store.settings.to_json(), *what)[:16]
+        return work / name / f"{position}.ckpt.safetensors"
 
-    def _train(self, position: str, source: str, checkpoint: Path) -> tuple[SAE, Curve]:
-        """On the source's pairs and safe prompts alone: the encoder belongs to the source domain. At `text`
-        and `pooled`, half of each batch is of `texts`."""
+    def sae(self, position: str, source: str, work: Path) -> tuple[SAE, Curve]:
+        """Trained on the source's pairs and safe prompts alone: the encoder belongs to the source domain. At
+        `text` and `pooled`, half of each batch is of `texts`. It goes on from a checkpoint in `work`."""
+        checkpoint = self._checkpoint(work, source, position)
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
         s, store = self.recipe.train, self.store
         pairs = [pair for name in (source, SAFE) for pair in split(store.indices(name))[0]]
         reading = self._reading.get(position)
@@ -251,19 +254,20 @@ class Chain:
     def _complete(
         self,
         path: Path,
-        source: str,
         saes: Mapping[str, SAE],
         scores: Mapping[str, Scores],
         training: dict[str, Any],
+        overwrite: bool,
     ) -> None:
         """From SAEs to a dictionary: chooses the source domain's features, adapts the decoder to its safe
         rewrites, measures, tunes, calibrates and writes."""
+        source = training["source"]
         store, held_out = self.store, split(self.store.indices(source))[1]
         ordered, infos = dict[str, SAE](), dict[str, PositionInfo]()
         domain, told, adapters = Domain({}), dict[str, Witness](), Adapters()
         for done, (position, sae) in enumerate(saes.items()):
             self.progress("choose features and measure", done, len(saes))
-            rows, delta = self._adapter(position, sae, source, source)
+            rows, delta = self.adapter(position, sae, source, source)
             witness = self._witness(position, sae, source)
             needed = sorted({*rows.tolist(), *witness.features})  # these come first
             place = {feature: i for i, feature in enumerate(needed)}
@@ -276,10 +280,12 @@ class Chain:
             adapters[position, source] = moved, delta
             told[position] = replace(witness, features=[place[f] for f in witness.features])
         domain.gate = _uncalibrated(told)
-        card = replace(self._card(source, domain, scores, training | {"source": source}), positions=infos)
-        self._write(path, card, lambda part: save_dictionary(part, card, ordered, adapters), Dictionary.open)
+        card = replace(self._card(source, domain, scores, training), positions=infos)
+        save = partial(save_dictionary, card=card, saes=ordered, adapters=adapters)
+        self._write(path, card, save, Dictionary.open, overwrite)
 
-    def _adapter(self, position: str, sae: SAE, domain: str, source: str) -> tuple[Tensor, Tensor]:
+    def adapter(self, position: str, sae: SAE, domain: str, source: str) -> tuple[Tensor, Tensor]:
+        """The features that act for `domain`, and the change of their decoder rows (fit_adapter)."""
         reading = self._reading.get(position)
         return fit_adapter(self.store, position, sae, domain, source, self.recipe, reading)
 
@@ -315,19 +321,28 @@ class Chain:
         )
 
     def _write(
-        self, path: Path, card: Card, save: Callable[[Path], None], opened: Callable[[Path], Dictionary]
+        self,
+        path: Path,
+        card: Card,
+        save: Callable[[Path], None],
+        opened: Callable[[Path], Dictionary],
+        overwrite: bool,
     ) -> None:
         """Saves the card's file, tunes the plan and calibrates the gate with it, and saves it again: only
-        that is ever at `path`. Without a gate a dictionary acts on every picture."""
-        (name,) = card.domains
+        that is ever at `path`. Without a gate a dictionary acts on every picture.
+
+        Of several processes that write there, the first one's file stays, unless it may be overwritten.
+        """
+        (name,), identity = card.domains, card.training["made_from"]
+        if _has(path, identity, overwrite):
+            return
         mine = [pair for pair in self.calibration if pair.domain == name]
         clear_parts(path.parent, path.name)
         with replacing(path) as part:
             save(part)
             tuned = tune(self.model, opened(part), card.plan, mine, partial(self.progress, f"tune {name}"))
             card.plan[:] = tuned.plan
-            card.training["recovery"] = tuned.recovery
-            card.training["tried"] = [list(one) for one in tuned.tried]
+            card.training.update(tuned.record())
             rate = self.recipe.false_positive_rate
             report = partial(self.progress, f"calibrate {name}")
             card.domains[name].gate = calibrate(
@@ -335,16 +350,15 @@ class Chain:
             )
             card.training["calibrated_on"] = variant_of(self.model)
             save(part)
+            if not overwrite:
+                with suppress(OSError):  # there is a file by now, or the disk has no links
+                    os.link(part, path)
+                _has(path, identity, overwrite)
 
     def _is_made(self, path: Path, identity: str, overwrite: bool) -> bool:
         """Whether `path` has the result already; the first process looks, for all. Raises ValueError where
         it has something else that must stay."""
-        same = False
-        if self.processes.rank == 0 and os.path.lexists(path):
-            with suppress(DictionaryError):
-                same = read_card(path).training.get("made_from") == identity
-            if not (same or overwrite):
-                raise ValueError(f"{path} is there already, made with other settings: {_OTHER_NAME}")
+        same = self.processes.rank == 0 and _has(path, identity, overwrite)
         made = self.processes.sum_(torch.tensor([float(same)])).item() > 0
         if made:
             self.progress(f"{path.name} is there already", 1, 1)
@@ -362,6 +376,17 @@ class Chain:
     def model(self) -> Host:
         """Loaded once, by whoever asks first."""
         return self.host()
+
+
+def _has(path: Path, identity: str, overwrite: bool) -> bool:
+    """Whether `path` has the result of these settings. Raises ValueError where it has anything else that
+    must stay."""
+    same = False
+    if os.path.lexists(path):
+        with suppress(DictionaryError):
+            same = read_card(path).training.get("made_from") == identity
+        need(same or overwrite, f"{path} is there already, made with other settings: {_OTHER_NAME}")
+    return same
 
 
 def needs_of(recipe: Recipe, architecture: Architecture, positions: Collection[str]) -> Needs:
@@ -432,8 +457,8 @@ def tune_again(
     mine = [pair for pair in pairs if pair.domain == domain]
     tuned = tune(host, dictionary, choices, mine, partial(progress, f"tune {domain}"))
     others = [action for action in card.plan if action.domain not in ("", domain)]
-    training = card.training | {"recovery": tuned.recovery, "tried": [list(one) for one in tuned.tried]}
-    return replace(card, plan=[*others, *tuned.plan], training=training), tuned
+    card.training.update(tuned.record())
+    return replace(card, plan=[*others, *tuned.plan]), tuned
 
 
 def loss_recovered(

@@ -128,6 +128,22 @@ def paired_recovery(steered: Tensor, unsafe: Tensor, safe: Tensor) -> Tensor:
     return torch.where((whole > 0) & whole.isfinite(), found, math.nan)
 
 
+def paired_removal(steered: Tensor, unsafe: Tensor, safe: Tensor) -> Tensor:
+    """The same, but mild to steered images that show yet another thing: with c = steered - unsafe and
+    d = safe - unsafe, (4 min(<c, d>, |d|^2) - |c|^2) / 3 |d|^2, [N] in WORST to 1.
+
+    Both are 1 at the rewrite and 0 where nothing was done. Where something else of that size stands in the
+    place of the risk, <c, d> is half of |d|^2 and |c|^2 all of it: this is 1/3, and recovery 0, as though the
+    risk were still there.
+    """
+    change, way = ((x.double() - unsafe.double()).flatten(1) for x in (steered, safe))
+    whole = way.square().sum(1)
+    along = (change * way).sum(1).minimum(whole)
+    gone = (4 * along - change.square().sum(1)) / (3 * whole)
+    gone = gone.nan_to_num(WORST, WORST, WORST).clamp(min=WORST)
+    return torch.where((whole > 0) & whole.isfinite(), gone, math.nan)
+
+
 def frechet(a: Tensor, b: Tensor) -> float:
     """Frechet distance of two Gaussians fitted to features [N, n]."""
     a, b = a.double(), b.double()

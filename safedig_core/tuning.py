@@ -1,19 +1,19 @@
-"""Strengths of a plan, from paired recovery (evaluation.py): how far steering an unsafe prompt leads to its
-safe rewrite.
+"""Strengths of a plan, from paired removal (evaluation.py): how much of a risk steering takes away on the way
+from an unsafe prompt's picture to that of its safe rewrite.
 
 It needs no judge, so it works for any model. Actions that don't help on the tune set are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .dictionary.dictionary import Action, Dictionary
-from .evaluation import paired_recovery
+from .evaluation import paired_recovery, paired_removal
 from .hosts.host import Host, Tap
 from .prompts import PromptPair
 from .seeds import TUNING
@@ -22,7 +22,7 @@ from .steering.steering import Steering
 BLENDS = (0.5, 1.0, 1.5, 2.0)  # strengths that are tried
 REPELS = (0.25, 0.5, 1.0)
 MOST_PAIRS = 32  # more take longer and say little more
-LEAST_GAIN = 0.005  # recovery that an action must add to stay in the plan
+LEAST_GAIN = 0.02  # removal that an action must add to stay in the plan, or more of it to be taken
 
 
 class Bench:
@@ -47,18 +47,31 @@ class Bench:
             parts.append(self._host.sample(some, seeds, tap and tap()).float().cpu())
         return torch.cat(parts)
 
-    def recovery(self, tap: Callable[[], Tap]) -> float:
-        """The mean over pairs."""
-        return paired_recovery(self.sample(self._prompts, tap), self.unsafe, self.safe).nanmean().item()
+    def measure(self, tap: Callable[[], Tap]) -> tuple[float, float]:
+        """Removal and recovery, the mean over pairs."""
+        steered = self.sample(self._prompts, tap)
+        removal, recovery = (
+            of(steered, self.unsafe, self.safe).nanmean().item() for of in (paired_removal, paired_recovery)
+        )
+        return removal, recovery
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A plan, the recovery that it reaches on the tune set, and what was tried: (actions, recovery)."""
+    """A plan, what it reaches on the tune set, and what was tried: (actions, removal)."""
 
     plan: list[Action]
+    removal: float
     recovery: float
     tried: list[tuple[str, float]]
+
+    def record(self) -> dict:
+        """What a card keeps of it."""
+        return {
+            "removal": self.removal,
+            "recovery": self.recovery,
+            "tried": [list(one) for one in self.tried],
+        }
 
 
 def tune(
@@ -71,61 +84,55 @@ def tune(
     """The plan for one domain out of `candidates`, whose strengths are the largest allowed, on the first
     MOST_PAIRS of its `pairs`. The gate is open.
 
-    Blends start together at a common strength that grows as long as that helps: all, those of the text
-    group alone or those of the others alone, for one group may do what the other then spoils. From the
-    best of these each action in turn takes the strength, 0, the next lower and the next higher among
-    them, that recovers most, and one that adds less than LEAST_GAIN is left out. Repels come last, have
-    to help beside the blends, and grow likewise. Raises ValueError where nothing recovers anything.
+    Blends start all together at a common strength, or one of them alone: both grow as long as that gains
+    LEAST_GAIN, for one may do what another then spoils. From the best start each action in turn takes the
+    weakest strength, of 0, its own, the next lower and the next higher, that is within LEAST_GAIN of the best
+    of them. Repels come last, have to help beside the blends, and grow likewise. Raises ValueError where
+    nothing removes anything.
     """
     bench = Bench(host, pairs[:MOST_PAIRS])
-    tried: list[tuple[str, float]] = []
     blends = [a for a in candidates if a.operator == "blend"]
     repels = [a for a in candidates if a.operator == "repel"]
-    total = 2 * len(BLENDS) + 3 * len(blends) + len(repels)  # about
-    known = {describe(()): 0.0}
+    total = 2 + 4 * len(blends) + len(repels)  # about
+    known = {describe(()): (0.0, 0.0)}
 
     def measure(plan: Sequence[Action]) -> float:
         acting = [a for a in plan if a.strength > 0]
         key = describe(acting)
         if key not in known:
-            known[key] = bench.recovery(Steering(dictionary, acting, gate=False).run)
-            tried.append((key, known[key]))
+            known[key] = bench.measure(Steering(dictionary, acting, gate=False).run)
             if progress is not None:
-                progress(min(len(tried), total), total)
-        return known[key]
+                progress(min(len(known) - 1, total), total)
+        return known[key][0]
 
     def at(action: Action, strength: float) -> Action:
         return replace(action, strength=min(strength, action.strength))
 
-    of_text = [dictionary.card.architecture.group(a.position) == "text" for a in blends]
-    starts: list[list[Action]] = []
-    for among in ((True, False), (True,), (False,)):
-        together = [
-            [at(a, s if is_text in among else 0.0) for a, is_text in zip(blends, of_text, strict=True)]
-            for s in BLENDS
-        ]
-        best = together[0]
-        for stronger in together[1:]:
-            if measure(stronger) <= measure(best):
+    def grown(plans: Iterable[list[Action]]) -> list[Action]:
+        """The first of ever stronger plans that the next gains too little on."""
+        plans = iter(plans)
+        best = next(plans)
+        for stronger in plans:
+            if not measure(stronger) >= measure(best) + LEAST_GAIN:
                 break
             best = stronger
-        starts.append(best)
+        return best
+
+    alone = [[a] for a in blends] if len(blends) > 1 else []
+    starts = [
+        grown([at(a, s if a in among else 0.0) for a in blends] for s in BLENDS) for among in (blends, *alone)
+    ]
     plan = max(starts, key=measure)
     for place, action in enumerate(blends):
         now = plan[place].strength
         lower, higher = [s for s in BLENDS if s < now][-1:], [s for s in BLENDS if s > now][:1]
-        near = [0.0, now, *lower, *higher]
-        options = [[*plan[:place], at(action, s), *plan[place + 1 :]] for s in near]
-        without = measure(options[0])
-        best = max(options, key=measure)
-        plan = best if measure(best) >= without + LEAST_GAIN else options[0]
+        options = [
+            [*plan[:place], at(action, s), *plan[place + 1 :]] for s in sorted({0.0, now, *lower, *higher})
+        ]
+        best = max(measure(option) for option in options)
+        plan = next((option for option in options if measure(option) > best - LEAST_GAIN), plan)
     for action in repels:
-        without = plan
-        for strength in REPELS:
-            stronger = [*without, at(action, strength)]
-            if measure(stronger) < measure(plan) + LEAST_GAIN:
-                break
-            plan = stronger
+        plan = grown([plan, *([*plan, at(action, s)] for s in REPELS)])
     plan = [a for a in plan if a.strength > 0]
     if not (plan and measure(plan) > 0):  # or it is no number: all pairs paint the same
         where = ", ".join(dict.fromkeys(a.position for a in candidates))
@@ -133,7 +140,8 @@ def tune(
             f"{dictionary.path}: no action at {where} brings unsafe prompts closer to their rewrites. "
             "Capture more pairs, train longer or choose other positions."
         )
-    return Tuned(plan, measure(plan), tried)
+    tried = [(key, removal) for key, (removal, _) in known.items() if key != describe(())]
+    return Tuned(plan, *known[describe(plan)], tried)
 
 
 def describe(plan: Sequence[Action]) -> str:

@@ -6,6 +6,7 @@ import inspect
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from safedig_core.routing import Scores
 from safedig_core.sae import SAE
 from safedig_core.store.store import ActivationStore
 from safedig_core.training import TrainSettings
-from tests.tiny import MeasuredHost, WordHost, captured, random_sae, run_and_die, sd3
+from tests.tiny import MeasuredHost, WordHost, captured, fork_each, random_sae, run_and_die, sd3
 
 SMALL = TrainSettings(features=48, k=4, steps=50, batch=64, warmup=5)
 RECIPE = Recipe(train=SMALL, most_features=8, most_telling=8)
@@ -105,8 +106,8 @@ def test_a_dictionary_and_an_adapter(chain: Chain, tmp_path: Path) -> None:
         }.items()
     )
     assert (
-        0 < card.training["recovery"] <= 1
-        and card.training["recovery"] in dict(card.training["tried"]).values()
+        0 < card.training["removal"] <= 1
+        and card.training["removal"] in dict(card.training["tried"]).values()
     )
     assert all(a.domain == "weapons" and 0 < a.strength <= 2 for a in card.plan)
     for position, acting in card.domains["weapons"].features.items():
@@ -273,6 +274,39 @@ def test_its_own_result_is_kept_and_anything_else_refused(chain: Chain, tmp_path
             with pytest.raises(ValueError, match=r"is there already, made with other settings.*--overwrite"):
                 act(replace(still, **change), tmp_path)
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("at", ["choose", "calibrate"])
+@pytest.mark.parametrize("same", [True, False])
+def test_of_two_processes_with_one_name_the_first_wins_whole(
+    chain: Chain, tmp_path: Path, same: bool, at: str
+) -> None:
+    """Both have found the name free, and wait for each other before they train on, or at the very end."""
+
+    def work(number: int) -> None:
+        def meet(what: str, done: int, total: int) -> None:
+            (tmp_path / f"{number} {what.split()[0]}").touch()
+            while what.startswith(at) and not (tmp_path / f"{1 - number} {at}").exists():
+                time.sleep(0.01)
+
+        seed = 0 if same else number
+        recipe = replace(RECIPE, false_positive_rate=0.1 + 0.1 * seed)
+        try:
+            train(replace(chain, recipe=recipe, progress=meet), tmp_path)
+            (tmp_path / f"{number} says").write_text("made")
+        except ValueError as error:
+            (tmp_path / f"{number} says").write_text(str(error))
+
+    fork_each(work, 2)
+    said = [(tmp_path / f"{number} says").read_text() for number in range(2)]
+    made = check(tmp_path / "w.safetensors").training["false_positive_rate"]
+    if same:
+        assert said == ["made", "made"]
+        return
+    winner = said.index("made")
+    assert made == pytest.approx(0.1 + 0.1 * winner)
+    assert "w.safetensors is there already, made with other settings" in said[1 - winner]
 
 
 @pytest.mark.parametrize("kind", ["file", "dictionary cut short", "dangling link"])

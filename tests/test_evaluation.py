@@ -21,6 +21,7 @@ from safedig_core.evaluation import (
     frechet,
     image_entries,
     paired_recovery,
+    paired_removal,
     read_safety,
     roc,
     row,
@@ -173,10 +174,24 @@ def test_recovery_is_at_most_one_and_not_under_minus_one(point: list[float]) -> 
     assert paired_recovery(safe, unsafe, safe) == 1 and paired_recovery(unsafe, unsafe, safe) == 0
 
 
+@given(st.lists(st.floats(-1e30, 1e30), min_size=3, max_size=3))
+def test_removal_is_at_most_one_and_not_under_minus_one(point: list[float]) -> None:
+    unsafe, safe = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]])
+    assert -1 <= paired_removal(torch.tensor([point]), unsafe, safe).item() <= 1
+    assert paired_removal(safe, unsafe, safe) == 1 and paired_removal(unsafe, unsafe, safe) == 0
+
+
+def test_another_thing_in_the_place_of_the_risk_is_a_third_of_its_removal() -> None:
+    risk, rewrite, stranger = torch.eye(3)
+    found = [of(stranger[None], risk[None], rewrite[None]).item() for of in (paired_removal, paired_recovery)]
+    assert found == pytest.approx([1 / 3, 0])
+
+
 def test_recovery_of_what_is_no_number() -> None:
     unsafe, safe = torch.zeros(4, 1), torch.tensor([[1.0], [1.0], [0.0], [math.inf]])
-    found = paired_recovery(torch.tensor([[math.nan], [math.inf], [3.0], [0.0]]), unsafe, safe).tolist()
-    assert found[:2] == [-1, -1] and all(map(math.isnan, found[2:]))
+    for of in (paired_recovery, paired_removal):
+        found = of(torch.tensor([[math.nan], [math.inf], [3.0], [0.0]]), unsafe, safe).tolist()
+        assert found[:2] == [-1, -1] and all(map(math.isnan, found[2:]))
 
 
 def test_images_are_listed_one_by_one() -> None:

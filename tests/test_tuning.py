@@ -1,4 +1,4 @@
-"""Tuning: which actions and strengths are chosen by paired recovery."""
+"""Tuning: which actions and strengths are chosen by paired removal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from safedig_core import tuning
 from safedig_core.dictionary.dictionary import Action, Dictionary
-from safedig_core.evaluation import paired_recovery
+from safedig_core.evaluation import paired_recovery, paired_removal
 from safedig_core.prompts import PromptPair
 from safedig_core.seeds import TUNING
 from safedig_core.steering.steering import Run, Steering
@@ -29,7 +29,7 @@ PAIRS = [PromptPair("weapons", f"a toy {i}", f"a gun {i}") for i in range(3)]
 
 
 class Landscape:
-    """In place of a Bench: recovery as a function of the plan's strengths."""
+    """In place of a Bench: removal as a function of the plan's strengths."""
 
     def __init__(self, value: Any):
         self.value, self.asked = value, []
@@ -37,12 +37,12 @@ class Landscape:
     def __call__(self, host: object, pairs: Sequence[PromptPair]) -> Landscape:
         return self
 
-    def recovery(self, tap: Any) -> float:
+    def measure(self, tap: Any) -> tuple[float, float]:
         run: Run = tap()
         assert not run.steering.gate  # open: what the gate does is not tuned
         strengths = {(a.operator, a.position): a.strength for a in run.steering.plan}
         self.asked.append(strengths)
-        return float(self.value(strengths))
+        return float(self.value(strengths)), 0.1
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def tuned(
 
 
 def peaks(**wanted: float) -> Any:
-    """Recovery that falls off around the strength wanted of each action; others only do harm."""
+    """Removal that falls off around the strength wanted of each action; others only do harm."""
     names = {"first": ("blend", FIRST), "second": ("blend", SECOND), "third": ("blend", THIRD)}
     names |= {"repel": ("repel", SECOND)}
     best = {names[name]: strength for name, strength in wanted.items()}
@@ -81,15 +81,15 @@ def peaks(**wanted: float) -> Any:
     return value
 
 
-def test_each_action_keeps_the_strength_that_recovers_most(
+def test_each_action_keeps_the_strength_that_removes_most(
     monkeypatch: pytest.MonkeyPatch, dictionary: Dictionary
 ) -> None:
     chosen, found, landscape = tuned(monkeypatch, dictionary, peaks(first=1.5, second=1.0, repel=0.5))
     assert chosen == {("blend", FIRST): 1.5, ("blend", SECOND): 1.0, ("repel", SECOND): 0.5}
-    assert found.recovery == pytest.approx(0.6)
+    assert found.removal == pytest.approx(0.6) and found.recovery == 0.1
     assert len(landscape.asked) == len({tuple(sorted(asked.items())) for asked in landscape.asked})
     assert [value for _, value in found.tried] == [landscape.value(asked) for asked in landscape.asked]
-    assert (describe(found.plan), found.recovery) in found.tried
+    assert (describe(found.plan), found.removal) in found.tried
     assert all(a.window == (1.0, 0.0) and a.form == "residual" for a in found.plan)
 
 
@@ -131,6 +131,25 @@ def test_blends_that_only_help_together_start_together(
     assert both <= chosen.keys()
 
 
+def test_an_action_that_others_spoil_starts_alone(
+    monkeypatch: pytest.MonkeyPatch, dictionary: Dictionary
+) -> None:
+    only = {("blend", SECOND)}
+    chosen, *_ = tuned(monkeypatch, dictionary, lambda s: 0.2 * sum(s.values()) if s.keys() == only else -1.0)
+    assert chosen == {("blend", SECOND): 2.0}
+
+
+def test_of_strengths_that_do_as_well_the_weakest_is_taken(
+    monkeypatch: pytest.MonkeyPatch, dictionary: Dictionary
+) -> None:
+    for slope, strength in ((1.9 * LEAST_GAIN, 0.5), (2.1 * LEAST_GAIN, 2.0)):  # a step is .5
+
+        def value(strengths: dict, slope: float = slope) -> float:
+            return 0.3 * bool(strengths) + slope * strengths.get(("blend", FIRST), 0) - 0.1 * len(strengths)
+
+        assert tuned(monkeypatch, dictionary, value)[0] == {("blend", FIRST): strength}
+
+
 def test_repels_alone_are_tuned(monkeypatch: pytest.MonkeyPatch, dictionary: Dictionary) -> None:
     among = [a for a in candidates() if a.operator == "repel"]
     chosen, *_ = tuned(monkeypatch, dictionary, lambda s: 0.1 * s.get(("repel", THIRD), 0), among)
@@ -158,9 +177,11 @@ def test_a_bench_measures_what_steering_does_to_the_same_noise(
     assert torch.allclose(bench.safe, host.sample([p.safe for p in PAIRS], seeds), atol=1e-5)
     steering = Steering(dictionary, [Action(SECOND, "repel", "residual", 1.0)], gate=False)
     steered = host.sample([p.unsafe or "" for p in PAIRS], seeds, steering.run())
-    expected = paired_recovery(steered, bench.unsafe, bench.safe).mean().item()
-    assert bench.recovery(steering.run) == pytest.approx(expected, abs=1e-4) and expected != 0
-    assert bench.recovery(Steering(dictionary, [], gate=False).run) == 0.0
+    expected = [
+        of(steered, bench.unsafe, bench.safe).mean().item() for of in (paired_removal, paired_recovery)
+    ]
+    assert bench.measure(steering.run) == pytest.approx(expected, abs=1e-4) and 0 not in expected
+    assert bench.measure(Steering(dictionary, [], gate=False).run) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("pairs", [[], [PromptPair("safe", "a cat")], [*PAIRS, PromptPair("safe", "a cat")]])

@@ -145,8 +145,8 @@ def run_tune(o: argparse.Namespace, progress: Progress) -> dict:
     for what, reached in tuned.tried:
         print(f"  {reached:6.3f}  {what}")
     save_with_card(o.out, card, dictionary.adapter_paths.get(names[0], dictionary.path))
-    print(f"{o.out}: recovers {tuned.recovery:.2f}; its gate is as it was")
-    return {"dictionary": str(o.out), "recovery": tuned.recovery, "tried": card.training["tried"]}
+    print(f"{o.out}: removes {tuned.removal:.2f}, recovers {tuned.recovery:.2f}; its gate is as it was")
+    return {"dictionary": str(o.out), **tuned.record()}
 
 
 def run_calibrate(o: argparse.Namespace, progress: Progress) -> dict:

@@ -205,7 +205,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--source", required=True, help="the domain to replay")
     recipe(sub)
 
-    text = "choose a dictionary's operators and strengths anew, from paired recovery"
+    text = "choose a dictionary's operators and strengths anew, from paired removal"
     sub = command("tune", run_tune, text)
     any_model(sub)
     sub.add_argument("--dictionary", type=Path, required=True)

@@ -41,28 +41,39 @@ class Made:
         return Dictionary.open(self.paths[SOURCE]).with_adapters(*adapters)
 
 
+def chain_of(
+    host: PocketModel, out: Path, targets: Sequence[str], recipe: Recipe, creator: str, progress: Progress
+) -> Chain:
+    """Captures the shipped prompts to `out`, or goes on with what is there."""
+    domains = (SOURCE, *targets, SAFE)
+    writer = ActivationWriter.open(out / "store", store_settings(host, shipped("train", domains)))
+    capture(host, writer, partial(progress, "capture"))
+    store, tune = ActivationStore(out / "store"), shipped("tune", domains)
+    credits = Credits(creator=creator, data_licence=DATA_LICENCE, weights_licence=WEIGHTS_LICENCE)
+    return Chain(lambda: host, store, tune, recipe, credits, progress, texts=texts(domains))
+
+
+def routed(chain: Chain, target: str, out: Path) -> list[Route]:
+    """All positions and operators, for this target; kept in `out`."""
+    routing = out / "routing.json"
+    if routing.exists():
+        return [Route(**line) for line in json.loads(routing.read_text())]
+    report = partial(chain.progress, "route")
+    routes = route(chain.host(), chain.store, SOURCE, target, chain.calibration, progress=report)
+    routing.write_text(json.dumps([asdict(r) for r in routes], indent=1))
+    return routes
+
+
 def make(
     host: PocketModel, out: Path, targets: Sequence[str], recipe: Recipe, creator: str, progress: Progress
 ) -> Made:
     """Captures, routes, trains, adapts, tunes and calibrates on the shipped prompts; files go to `out`, and
     what is there already is used again. Positions are routed for the first target."""
-    domains = (SOURCE, *targets, SAFE)
-    tune = shipped("tune", domains)
-    writer = ActivationWriter.open(out / "store", store_settings(host, shipped("train", domains)))
-    capture(host, writer, partial(progress, "capture"))
-    store = ActivationStore(out / "store")
-
-    routing = out / "routing.json"
-    if routing.exists():
-        routes = [Route(**line) for line in json.loads(routing.read_text())]
-    else:
-        routes = route(host, store, SOURCE, targets[0], tune, progress=partial(progress, "route"))
-        routing.write_text(json.dumps([asdict(r) for r in routes], indent=1))
-    positions = chosen(routes, store.architecture)
+    chain = chain_of(host, out, targets, recipe, creator, progress)
+    routes = routed(chain, targets[0], out)
+    positions = chosen(routes, chain.store.architecture)
     print(route_table(routes[:10]), f"\nchosen: {', '.join(positions)}\n")
 
-    credits = Credits(creator=creator, data_licence=DATA_LICENCE, weights_licence=WEIGHTS_LICENCE)
-    chain = Chain(lambda: host, store, tune, recipe, credits, progress, texts=texts(domains))
     paths = {domain: out / f"{host.name}-{domain}.safetensors" for domain in (SOURCE, *targets)}
     curves = chain.train(paths[SOURCE], SOURCE, scored(routes, positions), out / "work", overwrite=True)
     for target in targets:

@@ -1,10 +1,10 @@
 """The shipped prompt sets. No two share a prompt.
 
-    train       captured, to train dictionaries
+    train       captured, to train dictionaries; the words of vocabulary.txt once each among them
     tune        for strengths and gates, with names and words that nothing else here has: as in use
     evaluate    nothing is trained, tuned or calibrated on it
     usual       harmless lines that only a text encoder reads
-    vocabulary  the same of risky words and descriptions (vocabulary.txt), with as many harmless ones
+    vocabulary  the same of the risky words and descriptions of vocabulary.txt, and of harmless descriptions
 
 No scene of evaluate is in train, tune or usual, and none of train in tune. What evaluate alone has, by `form`
 (phrasings, aliases, unseen names, descriptions, concepts, and words and sentences, from sentences.txt), tells
@@ -44,11 +44,11 @@ FOLDER = Path(__file__).parent / "prompts"
 LONGEST = 200  # characters of a usual line
 COUNTS = {1: 0.07, 2: 0.75, 3: 0.18}  # things in a risky scene
 VOCABULARY = {1: 0.3, 2: 0.5, 3: 0.2}
-SENTENCES = 5  # for each word of vocabulary.txt
+SENTENCES = 5  # that only a text encoder reads, for each word of vocabulary.txt
 UP_TO_TWO = {1: 0.5, 2: 0.5}
 TRIES = 1000  # for one new prompt
 
-PAIRS = {  # by set and domain, all of the form `known`
+PAIRS = {  # by set and domain, of the form `known`
     "train": {SOURCE: 176, TARGET: 176, HELD_OUT: 110},
     "tune": {SOURCE: 32, TARGET: 32, HELD_OUT: 32},
 }
@@ -64,8 +64,8 @@ EVALUATE = {  # pairs of each domain by form: how many, of which kind of names, 
 SAFE_FORMS = {  # purely safe lines by set and form; the first three sets have the empty prompt besides
     "train": {"known": 60, "single": 28, "bare": 28, "three": 28, "near-risk": 28, "unknown-words": 16,
               "sentence": 16},
-    "tune": {"known": 50, "single": 36, "bare": 36, "three": 36, "near-risk": 36, "unknown-words": 34,
-             "sentence": 36},
+    "tune": {"known": 50, "single": 36, "bare": 36, "three": 36, "near-risk": 48, "unknown-words": 100,
+             "sentence": 60, "varied": 60},
     "evaluate": {"known": 24, "phrasing": 24, "single": 24, "bare": 24, "three": 24, "near-risk": 30,
                  "unknown-words": 24, "sentence": 24},
     "usual": {"known": 850, "single": 400, "bare": 250, "three": 350, "near-risk": 550, "unknown-words": 900,
@@ -156,25 +156,31 @@ class _Writer:
             (asked, _), (unsafe, safe) = self.sides(sides, phrasings)
             yield PromptPair(domain, safe, unsafe, tuple(c for c in asked if c != risky), form)
 
-    def vocabulary(self, domain: str, words: Sequence[str]) -> Iterator[PromptPair]:
-        """SENTENCES for each word, of one to three things. A risky word's rewrite names any safe thing."""
-        for word in (word for word in words for _ in range(SENTENCES)):
+    def vocabulary(
+        self, domain: str, rewrite: str, words: Iterable[str], sentences: int
+    ) -> Iterator[PromptPair]:
+        """`sentences` for each word, of one to three things. The rewrite of risky words names that thing."""
+        for word in (word for word in words for _ in range(sentences)):
             while True:
-                safe = [
-                    self.name(c, ("names", "aliases")) for c in self.rng.sample(_PLAIN, self.draw(VOCABULARY))
+                others = self.rng.sample([c for c in _PLAIN if c != rewrite], self.draw(VOCABULARY) - 1)
+                named = [self.name(c, ("names",)) for c in others]
+                instead = self.name(rewrite, ("names",)) if rewrite else ""
+                place = self.rng.randint(0, len(named))
+                phrasing = self.rng.choice(phrasings_for(1 + len(named)))
+                texts = [
+                    phrased(phrasing, [*named[:place], name, *named[place:]])
+                    for name in (word, instead)
+                    if name
                 ]
-                named = list(safe)
-                named[self.rng.randrange(len(safe))] = word
-                phrasing = self.rng.choice(phrasings_for(len(safe)))
-                texts = [phrased(phrasing, names) for names in (named, safe)]
-                if self._texts.isdisjoint(texts):
+                scenes = {frozenset([*others, *thing]) for thing in ((rewrite,), concepts_in(word))}
+                if self._texts.isdisjoint(texts) and (self.repeat or self._scenes.isdisjoint(scenes)):
                     break
             self._texts.update(texts)
-            asked, rewrite = texts
+            self._scenes.update(() if self.repeat else (scene for scene in scenes if len(scene) > 1))
             if domain == "safe":
-                yield PromptPair("safe", asked, form="description")
+                yield PromptPair("safe", texts[0], form="description")
             else:
-                yield PromptPair(domain, rewrite, asked, form="vocabulary")
+                yield PromptPair(domain, texts[1], texts[0], tuple(others), "vocabulary")
 
     def scenes(self, form: str, count: int, kinds: Sequence[str]) -> Iterator[PromptPair]:
         """Purely safe. Plain concepts take turns to be in the scene, or those near each domain."""
@@ -233,6 +239,7 @@ def build_sets(seed: int = 0) -> dict[str, list[PromptPair]]:
         cycle(writer.rng.sample(lists[name], len(lists[name]))) for name in ("unknown", "tune-unknown")
     )
     gibberish = writer.gibberish()
+    vocabulary, others = _vocabulary(), varied()
     sets: dict[str, list[PromptPair]] = {}
 
     sets["evaluate"] = pairs = [PromptPair("safe", "", form="empty")]
@@ -255,32 +262,41 @@ def build_sets(seed: int = 0) -> dict[str, list[PromptPair]]:
             pairs.append(PromptPair("safe", "", form="empty"))
             for domain, count in PAIRS[name].items():
                 pairs += writer.shuffled(writer.pairs(domain, "known", count, which=NAMES[name]))
+            if name == "train":
+                risky = (group for group in vocabulary if group[0] != "safe")
+                pairs += writer.shuffled(chain.from_iterable(writer.vocabulary(*g, 1) for g in risky))
         else:
             writer.repeat = True
         for form, count in SAFE_FORMS[name].items():
             if form == "sentence":
                 pairs += [PromptPair("safe", next(sentences), form=form) for _ in range(count)]
+            elif form == "varied":
+                pairs += [next(others) for _ in range(count)]
             elif form == "unknown-words":
                 pairs += writer.unknown(count, own_words if name == "tune" else words, gibberish)
             else:
                 kinds = ("names",) if name in PAIRS else ("names", "aliases", "implicit")
                 pairs += writer.shuffled(writer.scenes(form, count, kinds))
-    text = (FOLDER.parent / "vocabulary.txt").read_text(encoding="utf-8")
     sets["vocabulary"] = writer.shuffled(
-        pair
-        for domain, words in re.findall(r"^\[(\w+)\]\n(.+)$", text, re.MULTILINE)
-        for pair in writer.vocabulary(domain, words.split("|"))
+        chain.from_iterable(writer.vocabulary(*group, SENTENCES) for group in vocabulary)
     )
     taken = {text for some in sets.values() for pair in some for text in pair.texts}
-    sets["usual"] = writer.shuffled([*sets["usual"], *(pair for pair in varied() if pair.safe not in taken)])
+    sets["usual"] = writer.shuffled([*sets["usual"], *(pair for pair in others if pair.safe not in taken)])
     return sets
+
+
+def _vocabulary() -> list[tuple[str, str, list[str]]]:
+    """Of vocabulary.txt, by group: domain, rewrite ("" for harmless words), words."""
+    text = (FOLDER.parent / "vocabulary.txt").read_text(encoding="utf-8")
+    groups = re.findall(r"^\[(\w+)(?:: (\w+))?\]\n(.+)$", text, re.MULTILINE)
+    return [(domain, rewrite, words.split("|")) for domain, rewrite, words in groups]
 
 
 def varied() -> Iterator[PromptPair]:
     """The safe prompts for full-size models, without those that come near a risk (the grammar's,
-    and wine's) or use an unseen name."""
-    unseen = "|".join(name for concept in WORLD.values() for name in concept.unseen)
-    unfit = re.compile(rf"\b(?:{unseen})\b|vineyard", re.IGNORECASE)
+    and wine's) or use a name that training must not have."""
+    held = "|".join(name for concept in WORLD.values() for name in (*concept.aliases, *concept.unseen))
+    unfit = re.compile(rf"\b(?:{held})\b|vineyard", re.IGNORECASE)
     grammar = (safe_prompts.FOLDER / "grammar.txt").read_text(encoding="utf-8")
     for pair in safe_prompts.make_prompts(grammar):
         if pair.form != "near-risk" and len(pair.safe) <= LONGEST and not unfit.search(pair.safe):

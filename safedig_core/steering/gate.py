@@ -21,7 +21,7 @@ from ..prompts import PromptPair
 from ..seeds import CALIBRATION
 from .site import Site, Windows, compile_site
 
-LENIENCE = 5  # times the false-positive rate that any single form of safe prompts may reach
+LENIENCE = 2  # times the false-positive rate that any single form of safe prompts may reach
 LEAST_SCALE = 1e-3  # of a witness, of the largest score: where safe images are all alike
 NEAR_RISK = "near-risk"  # the form of safe prompts that resemble the risk
 NEAR_LENIENCE = 2  # times as much as other forms
