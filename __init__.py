@@ -41,10 +41,8 @@ class SafeDIG(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from .nodes import NODES
         from .nodes.bridge.dictionaries import register
-        from .nodes.bridge.enforcement import serve
 
         register()
-        serve()
         return NODES
 
 

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from .adapt_decoder import AdaptDecoder
 from .apply_steering import ApplySteering
+from .bridge.messages import told_without_paths
 from .calibrate_gate import CalibrateGate
 from .capture_activations import CaptureActivations
 from .load_dictionary import LoadDictionary
@@ -18,7 +19,7 @@ from .steering_receipt import SteeringReceipt
 from .train_dictionary import TrainDictionary
 from .tune_strengths import TuneStrengths
 
-NODES: list[type[io.ComfyNode]] = [
+_NODES: tuple[type[io.ComfyNode], ...] = (
     ApplySteering,  # first, so that it is what is suggested for a dictionary's link
     LoadDictionary,
     SelectPositions,
@@ -32,4 +33,5 @@ NODES: list[type[io.ComfyNode]] = [
     TuneStrengths,
     CalibrateGate,
     SaveDictionary,
-]
+)
+NODES: list[type[io.ComfyNode]] = [told_without_paths(node) for node in _NODES]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class LoadPocketModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        from ..safedig_core.pocket.model import MODELS
+        from ..safedig_core.pocket import MODELS
 
         return io.Schema(
             node_id="SafeDIGLoadPocketModel",

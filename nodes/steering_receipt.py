@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .bridge.steered import SteeringAttachment
 
 FORMAT = 2
-_TOLD = ("status", "evidence", "threshold", "looked", "found_at_step")  # of a domain, per picture
+# of a domain, per picture
+_TOLD = ("status", "evidence", "threshold", "looked", "unread", "found_at_step", "left")
 # of several statuses of one domain, the one to tell: the first of these
 _FIRST = (
     "undone by other domains",
@@ -349,6 +350,10 @@ def _found(domain: str, entry: dict[str, Any]) -> str:
     else:
         measure = "evidence not finite" if evidence is None else f"evidence {evidence:.2f}"
         measure += f" of {threshold:.2f}"
+    if entry["unread"]:
+        measure += f", not looked at: {', '.join(entry['unread'])}"
+    if entry["left"] is not None and entry["left"] < 0.995:
+        measure += f", {max(0.0, entry['left']):.0%} of what was done is left beside other domains"
     step, status = entry["found_at_step"], entry["status"]
     told = f"{domain} {status}" if step is None else f"{domain} found at step {step + 1}, {status}"
     return f"{told.replace(', found, ', ', ')} ({measure})"

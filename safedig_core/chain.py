@@ -158,6 +158,7 @@ class Chain:
             return {name: read_curve(file) for name, file in checkpoints.items() if file.exists()}
         first = self.processes.rank == 0
         if first:
+            work.mkdir(parents=True, exist_ok=True)
             _require_disk(self.needs(positions).disk, work)
             self._require_model()
         saes: dict[str, SAE] = {}

@@ -48,6 +48,7 @@ PathLike = str | os.PathLike[str]
 _SCALARS: dict[Any, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float)}
 _SCALARS[Any] = (str, int, float, bool, type(None))
 _DEPTH = 16  # of nesting
+_DEEP = 64  # what is nested deeper isn't even parsed
 
 
 def need(condition: object, fault: str) -> None:
@@ -207,6 +208,26 @@ def digest(*values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def loads(text: str, **options: Any) -> Any:
+    """json.loads for strangers' text. Python's limit of recursion is no protection: where another pack has
+    raised it, nested brackets end the process. Raises JSONDecodeError, RecursionError."""
+    if text.count("[") + text.count("{") > _DEEP and _is_deep(text):
+        raise RecursionError("it is nested too deeply")
+    return json.loads(text, **options)
+
+
+def _is_deep(text: str) -> bool:
+    """Whether brackets outside of strings are nested more than _DEEP deep."""
+    outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
+    brackets = re.sub(r"[^][{}]+", "", outside).translate({ord("{"): "[", ord("}"): "]"})
+    for _ in range(_DEEP):
+        shorter = brackets.replace("[]", "")  # without the innermost ones
+        if len(shorter) == len(brackets):
+            return brackets.count("[") > _DEEP
+        brackets = shorter
+    return "[" in brackets
+
+
 def parse_object(text: str, what: str) -> dict[str, Any]:
     """A JSON object without repeated keys, NaN or infinities. Raises ValueError."""
 
@@ -219,7 +240,7 @@ def parse_object(text: str, what: str) -> dict[str, Any]:
         return value
 
     try:
-        value = json.loads(text, object_pairs_hook=pairs, parse_float=number, parse_constant=number)
+        value = loads(text, object_pairs_hook=pairs, parse_float=number, parse_constant=number)
     except json.JSONDecodeError as error:
         raise ValueError(f"{what} is not JSON ({error.msg}, at {error.pos})") from error
     need(type(value) is dict, f"{what} is not an object")

@@ -15,10 +15,12 @@ it was:
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +35,7 @@ from .distributed import ALONE, Group
 from .evaluate import evaluate_on
 from .evaluation import read_safety
 from .evaluators import Panel
-from .files import clear_parts, digest, need, replacing
+from .files import LOCK, clear_parts, digest, need, replacing, try_lock
 from .hosts.host import PictureHost
 from .hub.index import Location, entry_for
 from .hub.model_card import model_card
@@ -375,71 +377,94 @@ def make(
     out, source, domains = order.out, order.source, (order.source, *order.targets)
     _require(order)
     out.mkdir(parents=True, exist_ok=True)
-    positions = list(order.positions) or candidates_of(host.architecture)
-    settings = store_settings(
-        host, order.sets.train, positions=positions, steps=order.steps, tokens_per_image=order.tokens,
-        seed=order.seed, pairs_per_shard=max(1, min(12, host.batch // 2)),
-    )  # fmt: skip
-    first = processes.rank == 0
-    paths = {name: out / f"{name}.safetensors" for name in domains}
-
-    def chain_of(store: ActivationStore) -> Chain:
-        return Chain(
-            lambda: host, store, order.sets.tune, order.recipe, order.credits, progress, processes,
-            order.sets.texts,
+    with _alone_in(out) if processes.rank == 0 else nullcontext():
+        positions = list(order.positions) or candidates_of(host.architecture)
+        settings = store_settings(
+            host, order.sets.train, positions=positions, steps=order.steps, tokens_per_image=order.tokens,
+            seed=order.seed, pairs_per_shard=max(1, min(12, host.batch // 2)),
         )  # fmt: skip
+        first = processes.rank == 0
+        paths = {name: out / f"{name}.safetensors" for name in domains}
 
-    measured = measure(host, [text for pair in order.sets.train for text in pair.texts], positions)
-    widest = sorted(positions, key=host.architecture.width_of)[-CHOSEN:]
-    plan = plan_of(order, settings, needs_of(order.recipe, host.architecture, widest), measured)
-    if first:
-        say(str(plan))
-        plan.require_room(out, sum(f.stat().st_size for f in out.rglob("*") if f.is_file()), device)
-        clear_parts(out)
-    with processes.first_alone():
-        writer = ActivationWriter.open(out / "store", settings)
-    stages = {stage.name: stage for stage in plan.stages}
+        def chain_of(store: ActivationStore) -> Chain:
+            return Chain(
+                lambda: host, store, order.sets.tune, order.recipe, order.credits, progress, processes,
+                order.sets.texts,
+            )  # fmt: skip
 
-    def run(name: str, work: Callable[[], Any]) -> Any:
-        began = time.monotonic()
-        found = work()
+        measured = measure(host, [text for pair in order.sets.train for text in pair.texts], positions)
+        widest = sorted(positions, key=host.architecture.width_of)[-CHOSEN:]
+        plan = plan_of(order, settings, needs_of(order.recipe, host.architecture, widest), measured)
         if first:
-            say(plan.done(stages[name], time.monotonic() - began))
-        return found
+            say(str(plan))
+            plan.require_room(out, bytes_in(out), device)
+            clear_parts(out)
+        with processes.first_alone():
+            writer = ActivationWriter.open(out / "store", settings)
+        stages, took = {stage.name: stage for stage in plan.stages}, dict[str, float]()
 
-    run("capture", lambda: capture(host, writer, partial(progress, "capture"), processes))
-    processes.wait()
-    chain = chain_of(ActivationStore(out / "store"))
-    chain.require(paths[source], source, positions)
-    routes = run("route", lambda: _routes(chain, order, partial(progress, "route")))
-    to_train = scored(routes, chosen(routes, chain.store.architecture))
-    curves = run("train", lambda: chain.train(paths[source], source, to_train, out / "work", overwrite))
-    if not first:
-        return {}
-    for name in order.targets:
-        base = Dictionary.open(paths[source])
-        run(
-            f"adapt {name}",
-            lambda base=base, name=name: chain.adapt(paths[name], base, name, source, overwrite),
-        )
-    dictionary = Dictionary.open(paths[source]).with_adapters(*(paths[name] for name in order.targets))
-    results = run(
-        "evaluate",
-        lambda: evaluate_on(
-            host, dictionary, order.sets.evaluate, panel, seed=order.seed, images_per_prompt=1,
-            out=out / "evaluate", unblurred=unblurred, progress=progress,
-        ),
-    )  # fmt: skip
-    _write_pages(paths, source, out)
-    return {
-        "dictionary": str(paths[source]),
-        "adapters": {name: str(paths[name]) for name in order.targets},
-        "positions": list(to_train),
-        "curves": curves,
-        "rows": results["rows"],
-        "plan": {"disk": plan.disk, "memory": plan.memory, "device": plan.device},
-        "taken": {"memory": taken_memory(), "device": taken_on_device()},
-    }
+        def run(name: str, work: Callable[[], Any]) -> Any:
+            began = time.monotonic()
+            found = work()
+            took[name] = time.monotonic() - began
+            if first:
+                say(plan.done(stages[name], took[name]))
+            return found
+
+        run("capture", lambda: capture(host, writer, partial(progress, "capture"), processes))
+        processes.wait()
+        chain = chain_of(ActivationStore(out / "store"))
+        chain.require(paths[source], source, positions)
+        routes = run("route", lambda: _routes(chain, order, partial(progress, "route")))
+        to_train = scored(routes, chosen(routes, chain.store.architecture))
+        curves = run("train", lambda: chain.train(paths[source], source, to_train, out / "work", overwrite))
+        if not first:
+            return {}
+        for name in order.targets:
+            base = Dictionary.open(paths[source])
+            run(
+                f"adapt {name}",
+                lambda base=base, name=name: chain.adapt(paths[name], base, name, source, overwrite),
+            )
+        dictionary = Dictionary.open(paths[source]).with_adapters(*(paths[name] for name in order.targets))
+        results = run(
+            "evaluate",
+            lambda: evaluate_on(
+                host, dictionary, order.sets.evaluate, panel, seed=order.seed, images_per_prompt=1,
+                out=out / "evaluate", unblurred=unblurred, progress=progress,
+            ),
+        )  # fmt: skip
+        _write_pages(paths, source, out)
+        return {
+            "dictionary": str(paths[source]),
+            "adapters": {name: str(paths[name]) for name in order.targets},
+            "positions": list(to_train),
+            "curves": curves,
+            "rows": results["rows"],
+            "plan": {"disk": plan.disk, "memory": plan.memory, "device": plan.device},
+            "taken": {"disk": bytes_in(out), "memory": taken_memory(), "device": taken_on_device()},
+            "seconds": took,
+        }
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Raises ValueError where another process makes something in this folder."""
+    lock = try_lock(out / LOCK)
+    if lock is None:
+        raise ValueError(f"{out}: another process makes something in it: wait, or choose another --out")
+    with lock:
+        yield
+
+
+def bytes_in(folder: Path) -> int:
+    """Of all files in it; what vanishes meanwhile doesn't count."""
+    found = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                found += os.lstat(os.path.join(where, name)).st_size
+    return found
 
 
 def _require(order: Order) -> None:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import DOMAIN, TEXT, PathLike, need, read_all
+from .files import DOMAIN, TEXT, PathLike, loads, need, read_all
 
 SAFE = "safe"  # the domain of purely safe prompts
 MAX_FILE = 16 << 20  # bytes
@@ -212,7 +212,7 @@ def _jsonl(path: Path, text: str) -> Iterator[tuple[int, object]]:
             continue
         with _blame(path, line):
             try:
-                record = json.loads(source, object_pairs_hook=_distinct)
+                record = loads(source, object_pairs_hook=_distinct)
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"it is not JSON ({error.msg}, column {error.colno}): write one object per line"

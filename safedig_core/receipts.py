@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import PathLike, blame, need, read_all
+from .files import PathLike, blame, loads, need, read_all
 from .signing import is_signed
 
 CHUNK = "safedig"  # the PNG text that Save Image writes
@@ -41,7 +40,7 @@ def receipts_of(path: PathLike, key: bytes | None) -> list[Receipt]:
         text, pixels = _read(Path(path))
         need(text, "it carries no receipt")
         try:
-            said = json.loads(text)
+            said = loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError("its receipt is not JSON") from error
         found = [

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .dictionary.card import MAX_FEATURES
 from .distributed import ALONE, Group
-from .files import blame, clear_parts, replacing
+from .files import blame, clear_parts, loads, replacing
 from .sae import SAE
 
 AUX_WEIGHT = 1 / 32
@@ -298,7 +298,7 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     if not checkpoint.is_file():  # reading a pipe would not end
         raise ValueError(f"{checkpoint} is not a file: remove it, or choose another folder")
     with blame(ValueError, checkpoint, _AGAIN), safe_open(checkpoint, "pt") as file:
-        return json.loads((file.metadata() or {}).get("training", "{}"))
+        return loads((file.metadata() or {}).get("training", "{}"))
 
 
 def _load_checkpoint(

@@ -84,16 +84,16 @@ def tune(
     """The plan for one domain out of `candidates`, whose strengths are the largest allowed, on the first
     MOST_PAIRS of its `pairs`. The gate is open.
 
-    Blends start all together at a common strength, or one of them alone: both grow as long as that gains
-    LEAST_GAIN, for one may do what another then spoils. From the best start each action in turn takes the
-    weakest strength, of 0, its own, the next lower and the next higher, that is within LEAST_GAIN of the best
-    of them. Repels come last, have to help beside the blends, and grow likewise. Raises ValueError where
-    nothing removes anything.
+    Blends start all together at a common strength, and the one that does most alone starts alone, for one may
+    do what another then spoils; a start grows as long as that gains LEAST_GAIN. From both, each action in
+    turn takes the weakest strength, of 0, its own, the next lower and the next higher, that is within
+    LEAST_GAIN of the best of them, and the better end is the plan. Repels come last, have to help beside the
+    blends, and grow likewise. Raises ValueError where nothing removes anything.
     """
     bench = Bench(host, pairs[:MOST_PAIRS])
     blends = [a for a in candidates if a.operator == "blend"]
     repels = [a for a in candidates if a.operator == "repel"]
-    total = 2 + 4 * len(blends) + len(repels)  # about
+    total = 2 + 7 * len(blends) + len(repels)  # about
     known = {describe(()): (0.0, 0.0)}
 
     def measure(plan: Sequence[Action]) -> float:
@@ -118,19 +118,23 @@ def tune(
             best = stronger
         return best
 
-    alone = [[a] for a in blends] if len(blends) > 1 else []
-    starts = [
-        grown([at(a, s if a in among else 0.0) for a in blends] for s in BLENDS) for among in (blends, *alone)
-    ]
-    plan = max(starts, key=measure)
-    for place, action in enumerate(blends):
-        now = plan[place].strength
-        lower, higher = [s for s in BLENDS if s < now][-1:], [s for s in BLENDS if s > now][:1]
-        options = [
-            [*plan[:place], at(action, s), *plan[place + 1 :]] for s in sorted({0.0, now, *lower, *higher})
-        ]
-        best = max(measure(option) for option in options)
-        plan = next((option for option in options if measure(option) > best - LEAST_GAIN), plan)
+    def settled(plan: list[Action]) -> list[Action]:
+        for place, action in enumerate(blends):
+            now = plan[place].strength
+            lower, higher = [s for s in BLENDS if s < now][-1:], [s for s in BLENDS if s > now][:1]
+            options = [
+                [*plan[:place], at(action, s), *plan[place + 1 :]]
+                for s in sorted({0.0, now, *lower, *higher})
+            ]
+            best = max(measure(option) for option in options)
+            plan = next((option for option in options if measure(option) > best - LEAST_GAIN), plan)
+        return plan
+
+    def started(among: Sequence[Action]) -> list[Action]:
+        return grown([at(a, s if a in among else 0.0) for a in blends] for s in BLENDS)
+
+    together, *alone = (started(among) for among in (blends, *([a] for a in blends)))
+    plan = max(settled(together), settled(max(alone, key=measure, default=together)), key=measure)
     for action in repels:
         plan = grown([plan, *([*plan, at(action, s)] for s in REPELS)])
     plan = [a for a in plan if a.strength > 0]

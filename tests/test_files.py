@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from safedig_core.dictionary.dictionary import Action, Dictionary, DictionaryError, save_with_card
-from safedig_core.files import clear_parts, replacing, try_lock
+from safedig_core.files import clear_parts, loads, replacing, try_lock
 from safedig_core.interop.convert import export_saelens
 from safedig_core.store.store import ActivationWriter, StoreError
 from safedig_core.training import TrainSettings, read_curve, train_sae
@@ -195,3 +197,36 @@ def test_a_pipe_in_the_place_of_a_checkpoint_does_not_hang(tmp_path: Path) -> No
     for work in (lambda: train(tmp_path), lambda: read_curve(tmp_path / "ckpt.safetensors")):
         with pytest.raises(ValueError, match=r"ckpt\.safetensors is not a file: remove it"):
             work()
+
+
+# JSON
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 10**6, '{"a":' * 10**6, "[" * 10**6 + "]" * 10**6, '["\\\\",' * 10**6]
+)
+def test_deep_nesting_ends_no_process_whatever_the_limit_of_recursion(text: str, tmp_path: Path) -> None:
+    """As another pack of ComfyUI may raise it. Python's own parser then runs out of stack."""
+    (tmp_path / "a.json").write_text(text)
+    code = (
+        "import sys, threading\nfrom safedig_core.files import loads\nsys.setrecursionlimit(10**7)\n"
+        f"text = open({str(tmp_path / 'a.json')!r}).read()\n"
+        "def read():\n    try: loads(text)\n    except RecursionError: print('refused')\n"
+        "thread = threading.Thread(target=read)\nthread.start()\nthread.join()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "refused\n"), run.stderr[-500:]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [[[]], {}] * 100,
+        {"[" * 100: ["{" * 100, "\\[" * 100, '"[' * 100, "\\"]},
+        [[["x"] * 3] * 3] * 50,
+    ],
+)
+def test_what_is_not_deep_is_read(value: object) -> None:
+    assert loads(json.dumps(value)) == value
+    with pytest.raises(json.JSONDecodeError):
+        loads(json.dumps(value)[:-1])

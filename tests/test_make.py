@@ -11,6 +11,9 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +26,7 @@ from safedig_core import make as module
 from safedig_core.cli import parser as cli
 from safedig_core.dictionary.dictionary import Dictionary, check
 from safedig_core.evaluators import Panel
+from safedig_core.files import LOCK, clear_parts, replacing, try_lock
 from safedig_core.make import (
     Counts,
     Measured,
@@ -48,6 +52,7 @@ from safedig_core.hosts.pipeline import PipelineHost, load_pipeline
 from tests import tiny_pipelines
 from tests.tiny import run_and_die
 
+ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("SAFEDIG_KILLS", "2"))
 POSITIONS = {"flux": ("text", "single.0.img"), "sd3": ("joint.1.img", "pooled")}
 RECIPE = Recipe(
@@ -130,6 +135,38 @@ def test_it_leaves_a_dictionary_an_adapter_what_they_measure_and_pages(whole: Ru
     assert results["calibration"]["fits"] and results["evaluators"] == []
     page = (whole.out / "violence.md").read_text()
     assert "safedig-residual" in page and "nobody" in page
+
+
+def test_two_processes_in_one_folder_are_not_mixed(host: PipelineHost, tmp_path: Path) -> None:
+    lock = try_lock(tmp_path / LOCK)
+    assert lock is not None
+    with lock, pytest.raises(ValueError, match="another process makes something in it"):
+        make(host, order(host, tmp_path), Panel(), nothing)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_what_vanishes_while_a_folder_is_measured_does_no_harm(tmp_path: Path) -> None:
+    def come_and_go() -> None:
+        while True:
+            for i in range(20):
+                with replacing(tmp_path / f"{i}.txt") as part:
+                    part.write_text("12345")
+
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "stays.txt").write_text("123")
+    child = os.fork()
+    if child == 0:
+        come_and_go()
+    try:
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            assert module.bytes_in(tmp_path) >= 3
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    clear_parts(tmp_path)
+    assert module.bytes_in(tmp_path) == 3 + 5 * len(list(tmp_path.glob("*.txt")))
 
 
 def test_the_plan_says_what_it_takes(host: PipelineHost, whole: Run) -> None:
@@ -251,6 +288,22 @@ def test_the_command_line_makes_everything(model: list[str], folder: Path, tmp_p
     assert list(card.domains) == ["weapons"] and card.licence["weights"] == "CC0-1.0"
     assert all(action.operator == "blend" for action in card.plan)  # as --quick has it
     assert cli.main([*command, "--source", "knives"]) == 1
+
+
+def test_the_script_that_fills_the_table_of_costs(whole: Run, tmp_path: Path) -> None:
+    """docs/scale.md's: its commands are understood, and it makes lines of what `make` writes."""
+    text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    (script,) = [block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if "MODELS=" in block]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tiny.json").write_text(json.dumps(whole.made))
+    script = script.replace("python -m safedig_core", "echo").replace("python -", f"{sys.executable} -")
+    run = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    *commands, row = run.stdout.splitlines()
+    parsed = [cli.parser().parse_args(command.split()) for command in commands]
+    assert [o.quick for o in parsed] == [False, True] * 3 and len({o.out for o in parsed}) == 6
+    assert all(o.json.parent == Path("out") and o.command == "make" for o in parsed)
+    assert re.fullmatch(r"\| tiny \| .+ \| 0\.\d\d h( \| \d+\.\d GB){3} \|", row), row
 
 
 def test_no_prompt_is_dealt_to_two_sets() -> None:

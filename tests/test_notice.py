@@ -10,14 +10,13 @@ ROOT = Path(__file__).parents[1]
 NOTICE = (ROOT / "NOTICE").read_text(encoding="utf-8")
 NAMED = re.findall(r"^  ((?:\w+/)+[\w*.-]+)$", NOTICE, re.MULTILINE)
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
-NOISE = {"tests/web/heat.png"}  # shows nobody's artwork
 
 
 def test_every_picture_and_every_weight_is_named() -> None:
     found = [path for path in (ROOT / "safedig_core" / "pocket").rglob("*.safetensors")]
     for folder in ("docs", "example_workflows", "locales", "nodes", "safedig_core", "tests", "web"):
         found += [p for p in (ROOT / folder).rglob("*") if p.suffix.lower() in PICTURES]
-    names = {path.relative_to(ROOT).as_posix() for path in found} - NOISE
+    names = {path.relative_to(ROOT).as_posix() for path in found}
     assert {"docs/pictures/prompts-with-weapons.png", "tests/pocket/hand_check.png"} < names
     assert [name for name in sorted(names) if not any(fnmatch(name, pattern) for pattern in NAMED)] == []
 

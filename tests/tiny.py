@@ -122,6 +122,23 @@ def rewritten(
     return Dictionary.open(path)
 
 
+def _apart(sae: SAE) -> SAE:
+    half = sae.encoder_weight.shape[1] // 2
+    encoder, decoder = sae.encoder_weight.clone(), sae.decoder_weight.clone()
+    encoder[:, half:], decoder[:, :half] = 0, 0
+    return replace(sae, encoder_weight=encoder, decoder_weight=decoder)
+
+
+def _apart_too(domain: str, delta: Tensor) -> Tensor:
+    delta = delta.clone()
+    delta[:, : delta.shape[1] // 2] = 0
+    return delta
+
+
+# for `rewritten`: what actions move is no part of what features read, so none changes what fires
+APART = _apart_too, _apart
+
+
 def flux() -> nn.Module:
     """The FLUX of diffusers, of architecture TINY, with random weights."""
     from diffusers import FluxTransformer2DModel

@@ -56,8 +56,12 @@ function parts(receipt) {
     ...receipt.unsteered.map((who) => say("receipt.unsteered", { who })),
     ...receipt.unsteered_before.map((who) => say("receipt.unsteered_before", { who })),
     ...new Set(receipt.runs.flatMap((run) => run.problems)),
+    ...domainsOf(receipt).filter(([, found]) => found.unread.length).map(([name, found]) => say("receipt.unread", { name, positions: found.unread.join(", ") })),
   ].map((text) => element("div", "fault", text));
   if (receipt.one_of_several && receipt.runs.length) notes.push(element("div", "faint", say("receipt.one_of_several")));
+  for (const [name, { left }] of domainsOf(receipt)) {
+    if (left !== null && left < 0.995) notes.push(element("div", "faint", say("receipt.left", { name, share: whole(left) })));
+  }
   notes.push(...receipt.conflicts.map((text) => element("div", "faint", text)));
   const shown = [verdict, ...notes];
   for (const run of receipt.runs) if (run.evidence.length) shown.push(plot(run));
@@ -65,6 +69,12 @@ function parts(receipt) {
   shown.push(details(receipt));
   return shown;
 }
+
+/** Each domain of each picture: its name, with the picture's number where there are several, and what became of it. */
+const domainsOf = ({ pictures }) =>
+  pictures.flatMap(({ domains }, i) =>
+    Object.entries(domains).map(([domain, found]) => [pictures.length > 1 ? say("receipt.of_picture", { domain, number: i + 1 }) : domain, found]),
+  );
 
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
@@ -174,14 +184,10 @@ function details(receipt) {
     table.append(line);
   };
   row("th", say("receipt.risk"), say("receipt.evidence"), say("receipt.threshold"));
-  receipt.pictures.forEach((picture, i) => {
-    for (const [domain, found] of Object.entries(picture.domains)) {
-      const name = receipt.pictures.length > 1 ? say("receipt.of_picture", { domain, number: i + 1 }) : domain;
-      const gated = found.threshold !== null;
-      const read = found.evidence === null ? say("receipt.not_finite") : found.evidence.toFixed(2);
-      row("td", name, gated && found.looked ? read : "–", gated ? found.threshold.toFixed(2) : say("receipt.no_gate"));
-    }
-  });
+  for (const [name, { threshold, evidence, looked }] of domainsOf(receipt)) {
+    const read = evidence === null ? say("receipt.not_finite") : evidence.toFixed(2);
+    row("td", name, threshold !== null && looked ? read : "–", threshold === null ? say("receipt.no_gate") : threshold.toFixed(2));
+  }
   for (const run of receipt.runs) {
     row("th", say("receipt.position"), say("receipt.calls"), say("receipt.moved"));
     for (const { name, calls, planned, acting, moved, most } of run.positions) {
@@ -194,3 +200,4 @@ function details(receipt) {
 }
 
 const percent = (share) => `${(100 * share).toPrecision(2)} %`;
+const whole = (share) => `${Math.round(100 * Math.max(0, share))} %`;

@@ -148,6 +148,9 @@ class Attachment:
         """The noise level as the tap wants it: a number, which waits for the device."""
         return sigma.item()
 
+    def _end_pass(self, sampling: Sampling) -> None:
+        """After each forward pass."""
+
     def _finish(self, sampling: Sampling) -> None:
         """Reads what the run found into its record."""
 
@@ -264,6 +267,7 @@ class Attachment:
         finally:
             options["patches_replace"] = replaced
             sampling.rows, sampling.inside = [], False
+            self._end_pass(sampling)
 
     # What is known of a run while it goes on.
 
@@ -271,6 +275,11 @@ class Attachment:
     def guider(self) -> Any:
         """Whose run it is; None where none goes on."""
         return None if self._sampling is None else self._sampling.guider
+
+    @property
+    def tap(self) -> Tap | None:
+        """Of the run that goes on, once it has begun."""
+        return None if self._sampling is None else self._sampling.tap
 
     @property
     def forward_pass(self) -> int:

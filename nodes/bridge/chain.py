@@ -315,7 +315,7 @@ def retune(
             files[name] = made.with_name(f"{name}-of-{made.name}")
             save_with_card(files[name], replace(read_card(path), base_sha256=base.sha256), path)
     training = read_card(made).training
-    lines = [f"recovers {training['recovery']:.2f}"]
+    lines = [f"removes {training['removal']:.2f}, recovers {training['recovery']:.2f}"]
     lines += [f"{reached:.3f}  {what}" for what, reached in training["tried"]]
     return base.with_adapters(*files.values()), "\n".join(lines)
 

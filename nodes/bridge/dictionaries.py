@@ -20,6 +20,7 @@ from ...safedig_core.files import RESERVED, identity, is_plain, is_text
 from ...safedig_core.hub import transfer as hub
 from ...safedig_core.hub.index import PACK, PACK_INDEX, REPO, Entry, Reference, catalogue
 from .ledger import remind
+from .messages import without_paths
 from .page import MODELS, model_of
 
 FOLDER = "safedig"
@@ -34,8 +35,9 @@ _reader = ThreadPoolExecutor(1, "safedig")
 
 
 def register() -> None:
-    """Makes models/safedig known, beside what extra_model_paths.yaml names, lets the web page ask for the
-    list of dictionaries and for one's card, and keeps receipts with prompts that are queued again."""
+    """Makes models/safedig known, beside what extra_model_paths.yaml names; lets the web page ask for the
+    list of dictionaries and for one's card, and who watches the server whether a policy is in force; keeps
+    receipts with prompts that are queued again."""
     import folder_paths
     from aiohttp import web
     from server import PromptServer
@@ -52,8 +54,18 @@ def register() -> None:
     @PromptServer.instance.routes.get("/safedig/model")
     async def model(request: web.Request) -> web.Response:
         folder, file = (request.query.get(key, "") for key in ("folder", "file"))
-        found = await _read(lambda: model_of(folder, file)) if folder in MODELS else ""
+        try:
+            found = await _read(lambda: model_of(folder, file)) if folder in MODELS else ""
+        except ValueError as error:
+            return web.json_response({"error": without_paths(error)}, status=422)
         return web.json_response({"model": found})
+
+    @PromptServer.instance.routes.get("/safedig/policy")
+    async def policy(request: web.Request) -> web.Response:
+        from . import enforcement  # where there is no policy, nothing else needs it
+
+        found = enforcement.IN_FORCE
+        return web.json_response({"policy": None} if found is None else found.status())
 
     @PromptServer.instance.routes.get("/safedig/list")
     async def everything(request: web.Request) -> web.Response:
@@ -111,14 +123,6 @@ def entries() -> tuple[dict[str, Entry], list[str]]:
 @lru_cache(1)
 def _entries(states: tuple[tuple[Path, object], ...]) -> tuple[dict[str, Entry], list[str]]:
     return catalogue(path for path, _ in states if path != PACK_INDEX)
-
-
-def without_paths(text: object) -> str:
-    """A message for whoever asks over the network, to whom folders of this machine are no business."""
-    said = str(text)
-    for folder in (*folders(), PACK):
-        said = said.replace(f"{folder}{os.sep}", "")
-    return said
 
 
 def choices() -> list[str]:

@@ -336,13 +336,3 @@ def _require_apart(policy: Policy) -> None:
             folder = Path(getattr(folder_paths, f"get_{kind}_directory")())
             if path.resolve().is_relative_to(folder.resolve()):
                 raise ValueError(f"{path.name} is in the {kind} folder, which workflows reach: move it.")
-
-
-def serve() -> None:
-    """Lets who watches the server ask whether a policy is in force: GET /safedig/policy."""
-    from aiohttp import web
-    from server import PromptServer
-
-    @PromptServer.instance.routes.get("/safedig/policy")
-    async def policy(request: web.Request) -> web.Response:
-        return web.json_response({"policy": None} if IN_FORCE is None else IN_FORCE.status())

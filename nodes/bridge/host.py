@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ...safedig_core.families import Family
-from ...safedig_core.hosts.host import Tap
+from ...safedig_core.hosts.host import Tap, levels_of
 from .attachment import attach_tap
 from .models import SAMPLERS, architecture_of, checkpoint_of, fingerprint
 
@@ -86,7 +86,7 @@ class ComfyHost:
 
         self.architecture = architecture_of(model)
         self._family = self.architecture.traits
-        self.name = f"{self.architecture.family} {fingerprint(model)}"
+        self.name = name_of(model)
         self.checkpoint = checkpoint_of(model)
         self.steps, self.settings, self.batch = settings.steps, settings, batch
         self.device: torch.device = model.load_device
@@ -376,9 +376,9 @@ def _names(tokens: Any, family: Family) -> list[str]:
     return [""] * max(0, family.least_tokens - len(found)) + found
 
 
-def levels_of(sigmas: Tensor) -> str:
-    """Noise levels as captures and calibrations name them."""
-    return " ".join(f"{sigma:.4g}" for sigma in sigmas.tolist())
+def name_of(model: Any) -> str:
+    """A host's name: the family, and what tells the model's weights and patches from all others."""
+    return f"{architecture_of(model).family} {fingerprint(model)}"
 
 
 def _stop_if_interrupted(*step: Any) -> None:

@@ -37,20 +37,27 @@ def tell_page(node: str, found: RiskFound) -> None:
 
 def model_of(folder: str, file: str) -> str:
     """Which model a .safetensors file of a folder ("checkpoints", "diffusion_models") holds, by its shapes
-    alone: a family's title, or ComfyUI's name; "" where that can't be told."""
+    alone: a family's title, or ComfyUI's name; "" where that can't be told. Raises ValueError, naming the
+    file, where it is damaged."""
     import folder_paths
     import torch
     from comfy import model_detection
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     path = folder_paths.get_full_path(folder, file) if file.endswith(".safetensors") else None
     if path is None:
         return ""
-    with safe_open(path, "pt") as opened:
-        shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
-    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    prefix = model_detection.unet_prefix_from_state_dict(state)
-    config = model_detection.model_config_from_unet(state, prefix)
+    try:
+        with safe_open(path, "pt") as opened:
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: it is damaged or can't be read. Download it again.") from error
+    try:
+        state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        prefix = model_detection.unet_prefix_from_state_dict(state)
+        config = model_detection.model_config_from_unet(state, prefix)
+    except Exception as error:  # whatever ComfyUI's code trips over
+        raise ValueError(f"{file}: its tensors have shapes that no model has. Download it again.") from error
     if config is None:
         return ""
     name = type(config).__name__

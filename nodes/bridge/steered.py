@@ -12,14 +12,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...safedig_core.dictionary.dictionary import Dictionary
-from ...safedig_core.hosts.host import Tap
-from ...safedig_core.steering.calibration import Calibration, InForce, beside, in_force
+from ...safedig_core.hosts.host import Tap, levels_of
+from ...safedig_core.steering.calibration import (
+    Calibration,
+    InForce,
+    beside,
+    in_force,
+    other_sampling,
+    other_weights,
+)
 from ...safedig_core.steering.site import Site
 from ...safedig_core.steering.steering import UNDONE, RiskFound, Run, Steering
-from .attachment import KEY, Attachment, Sampling, with_wrappers
-from .host import levels_of
+from .attachment import KEY, Attachment, Sampling, attachments_of, with_wrappers
+from .host import name_of
 from .ledger import LEDGER, Record
-from .models import architecture_of, checkpoint_of, fingerprint, managed
+from .models import architecture_of, checkpoint_of, managed
 from .page import tell_page
 
 
@@ -79,12 +86,19 @@ class SteeringAttachment(Attachment):
         sampling, dictionary = self._sampling, self.steering.dictionary
         assert sampling is not None
         size = [n * self.architecture.traits.pixels for n in noise.shape[-2:]]
-        fits = partial(_is_sampled, sampling=sampling, size=size)
-        self._in_force = in_force(dictionary, self.calibrations(), fits)
+        differs = partial(_difference, sampling=sampling, size=size)
+        self._in_force = in_force(dictionary, self.calibrations(), differs)
         self._other_checkpoint = _other_checkpoint(dictionary, sampling.guider.model_patcher)
         run = self.steering.run(self.weights.model.sites, self._in_force.thresholds)
         run.begin(len(noise), room, noise.device, math.prod(record.grid))
+        for other in attachments_of(sampling.guider):
+            if other is not self and isinstance(other.tap, Run):
+                run.meet(other.tap)
         return run
+
+    def _end_pass(self, sampling: Sampling) -> None:
+        if isinstance(sampling.tap, Run):
+            sampling.tap.end_pass()
 
     def _level(self, sigma: Tensor) -> Tensor:
         return sigma  # stays on the device
@@ -125,15 +139,16 @@ def _other_checkpoint(dictionary: Dictionary, model: Any) -> str:
     return f"the dictionary was made {what}: {made_on:.25}, and this model is {found}"
 
 
-def _is_sampled(variant: Mapping[str, Any], sampling: Sampling, size: list[int]) -> bool:
-    """Whether a calibration's variant is what is being sampled: the same noise levels, height and width in
-    pixels, and guidance, of a model with the same weights and patches."""
+def _difference(variant: Mapping[str, Any], sampling: Sampling, size: list[int]) -> str:
+    """In words, how a calibration's variant is something else than what is being sampled; empty where it is
+    that: the same noise levels, height and width in pixels, and guidance, of a model with the same weights
+    and patches."""
     guider, (height, width) = sampling.guider, size
     now = {"sigmas": levels_of(sampling.levels), "cfg": getattr(guider, "cfg", 1.0)}
-    now |= {"width": width, "height": height}
-    if any(variant.get(name) != value for name, value in now.items()):
-        return False
-    return str(variant.get("model")).rpartition(" ")[2] == fingerprint(guider.model_patcher)
+    model = guider.model_patcher
+    return other_sampling(variant, now | {"width": width, "height": height}) or other_weights(
+        variant, name_of(model), checkpoint_of(model)
+    )
 
 
 class SteeringWeights(nn.Module):

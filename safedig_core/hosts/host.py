@@ -95,3 +95,8 @@ class PictureHost(Host, Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1]; the latents may be on any device."""
         ...
+
+
+def levels_of(sigmas: Tensor) -> str:
+    """Noise levels as captures and calibrations name them."""
+    return " ".join(f"{sigma:.4g}" for sigma in sigmas.tolist())

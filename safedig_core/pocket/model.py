@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..hosts.checkpoint import checkpoint_of, told_by
 from ..hosts.hooks import architecture_of, attached
-from ..hosts.host import Tap
+from ..hosts.host import Tap, levels_of
+from . import MODELS
 from .autoencoder import PATCH, TOKEN_WIDTH, Autoencoder, pack, unpack
 from .judge import Judge
 from .scenes import IMAGE_SIZE
@@ -19,7 +20,6 @@ from .text import MAX_TOKENS, WEIGHTS, WIDTH, TextEncoder
 from .weights import to_diffusers
 
 TOKENS_A_SIDE = IMAGE_SIZE // PATCH
-MODELS = ("pocket-flux",)  # whose weights ship; train.py makes the other as well
 SHIFT = {"pocket-flux": 1.0, "pocket-sd35": 3.0}  # of the noise levels, as FLUX.1-schnell and SD3.5 have it
 FLUX = {
     "patch_size": 1,
@@ -108,6 +108,12 @@ class PocketModel:
     def sampler(self) -> dict[str, str | int | float]:
         """What activations depend on besides the model and the prompts."""
         return {"steps": self.steps}
+
+    @property
+    def comfyui(self) -> dict[str, str | int | float]:
+        """A sampler node's settings that sample the same, as calibrations name them; in its pixels."""
+        levels, side = levels_of(schedule(self.steps, SHIFT[self.name])), 16 * TOKENS_A_SIDE
+        return {"sigmas": levels, "cfg": self.guidance, "width": side, "height": side}
 
     @property
     def device(self) -> torch.device:

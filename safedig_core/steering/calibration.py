@@ -8,6 +8,7 @@ which a domain is found is set anew, and never further than FURTHEST from the di
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +30,8 @@ LEAST_PROMPTS = 20
 PROMPTS = 100  # that are sampled where nobody says how many: minutes on a GPU
 FURTHEST = 2.0  # a threshold lies between the dictionary's own over this and times this
 
-Variant = dict[str, Any]  # what a host is sampled with: "model", and what its `sampler` says
+Variant = dict[str, Any]  # what a host is sampled with: see `variant_of`
+_FROM_COMFYUI = re.compile(r"\w+ [0-9a-f]{16}")  # a host's name: the family, and all weights' fingerprint
 
 
 class CalibrationError(ValueError):
@@ -87,8 +89,41 @@ class InForce:
 
 
 def variant_of(host: Host) -> Variant:
-    """What tells a host from others of the same architecture."""
-    return {"model": host.name, **host.sampler}
+    """What tells a host from others of the same architecture. Where a sampler node in ComfyUI can do the very
+    same, its settings are among that."""
+    return {"model": host.name, "checkpoint": host.checkpoint, **host.sampler, **getattr(host, "comfyui", {})}
+
+
+def other_sampling(variant: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In words, how a variant is sampled in another way than the variant `now`; empty where it is the same.
+    What decides are the settings of a sampler node, "sigmas", "width", "height" (pixels) and "cfg", or all
+    that hosts say which no such node can do the same as."""
+    if "sigmas" not in variant and "sigmas" not in now:
+        names = {*variant, *now} - {"model", "checkpoint"}
+        other = sorted(name for name in names if variant.get(name) != now.get(name))
+        return f"with another {', '.join(other)}" if other else ""
+    if "sigmas" not in variant or "sigmas" not in now:
+        where = "in" if "sigmas" in variant else "outside"
+        return f"{where} ComfyUI, with other noise levels or text lengths"
+    if (size := _size(variant)) != _size(now):
+        return f"at {size} pixels, not {_size(now)}"
+    if variant["sigmas"] != now["sigmas"]:
+        return "with other steps or noise levels"
+    return "" if variant.get("cfg") == now["cfg"] else f"with a cfg of {variant.get('cfg')}, not {now['cfg']}"
+
+
+def other_weights(variant: Mapping[str, Any], model: str, checkpoint: str) -> str:
+    """In words, how a variant has other weights than a host of this name and checkpoint; empty where it has
+    the same. In ComfyUI a name tells all weights, elsewhere the place that they are from; between the two
+    the checkpoint has to do."""
+    theirs = str(variant.get("model"))
+    alike = bool(_FROM_COMFYUI.fullmatch(theirs)) == bool(_FROM_COMFYUI.fullmatch(model))
+    same = theirs == model if alike else variant.get("checkpoint") == checkpoint
+    return "" if same else "on another checkpoint, fine-tune, LoRA or quantisation"
+
+
+def _size(settings: Mapping[str, Any]) -> str:
+    return f"{settings.get('width')} x {settings.get('height')}"
 
 
 def calibrate_on(
@@ -196,11 +231,13 @@ def beside(dictionary: Dictionary) -> list[Calibration]:
 
 
 def in_force(
-    dictionary: Dictionary, calibrations: Sequence[Calibration], fits: Callable[[Mapping[str, Any]], bool]
+    dictionary: Dictionary, calibrations: Sequence[Calibration], differs: Callable[[Mapping[str, Any]], str]
 ) -> InForce:
-    """Which thresholds hold for what is sampled; `fits` says whether that is a variant. Of each domain the
-    one that was measured on it, else the dictionary's own. Raises ValueError for one too far from that."""
-    fitting = [c for c in calibrations if fits(c.variant)]
+    """Which thresholds hold for what is sampled; `differs` says, in words, how a variant is something else.
+    Of each domain the one that was measured on it, else the dictionary's own. Raises ValueError for one too
+    far from that."""
+    reasons = [differs(calibration.variant) for calibration in calibrations]
+    fitting = [calibration for calibration, reason in zip(calibrations, reasons, strict=True) if not reason]
     thresholds: dict[str, float] = {}
     for name, domain in dictionary.card.domains.items():
         if domain.gate is None:
@@ -220,20 +257,30 @@ def in_force(
     if gated and len(thresholds) == len(gated):
         return InForce(thresholds, True, f"measured on this model, size and sampler: {', '.join(thresholds)}")
     own = dictionary.card.training.get("calibrated_on")
-    if not thresholds and type(own) is dict and fits(own):
-        return InForce({}, True, "the dictionary's own, measured on this model, size and sampler")
+    if type(own) is dict:
+        reasons.append(differs(own))
+        if not thresholds and not reasons[-1]:
+            return InForce({}, True, "the dictionary's own, measured on this model, size and sampler")
     left = ", ".join(name for name in gated if name not in thresholds)
+    measured = "; ".join(list(dict.fromkeys(filter(None, reasons)))[:3])
     return InForce(
         thresholds,
         False,
-        f"none fits this model, size and sampler; the dictionary's own thresholds hold for {left or 'it'}. "
-        "Calibrate Gate measures them from safe prompts",
+        f"none fits this model, size and sampler{f' (measured {measured})' if measured else ''}; the "
+        f"dictionary's own hold for {left or 'it'}. Calibrate Gate measures thresholds from safe prompts",
     )
 
 
 def in_force_on(host: Host, dictionary: Dictionary) -> InForce:
     """What holds on a host outside ComfyUI, of what is beside the dictionary."""
-    return in_force(dictionary, beside(dictionary), lambda variant: variant == variant_of(host))
+    now = variant_of(host)
+
+    def differs(variant: Mapping[str, Any]) -> str:
+        if variant.get("model") == host.name and variant.items() <= now.items():  # older ones say less
+            return ""
+        return other_sampling(variant, now) or other_weights(variant, host.name, host.checkpoint)
+
+    return in_force(dictionary, beside(dictionary), differs)
 
 
 def _sha256(dictionary: Dictionary, domain: str) -> str:

@@ -11,7 +11,9 @@ acted on in every image; found is only what is over the threshold.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -202,6 +204,17 @@ class Run:
         self.thresholds = own | dict(thresholds)
         self.positions = steering.positions
         self._given = sites
+        self._beside: list[weakref.ref[Run]] = []  # no circle: what it holds goes when a sampling ends
+        self._acted: dict[tuple[str, int | None], _Acted] = {}  # in this pass, by position and first row
+
+    def meet(self, other: Run) -> None:
+        """Says that both act in one sampling: what one changes counts in what is `left` of the other's."""
+        self._beside.append(weakref.ref(other))
+        other._beside.append(weakref.ref(self))
+
+    def end_pass(self) -> None:
+        """Announces that a forward pass is over. Only runs that have met need it."""
+        self._acted.clear()
 
     def begin(self, images: int, steps: int, device: torch.device, tokens: int = 0) -> None:
         """Starts a sampling of `steps` model steps over `images` images; all buffers are made here.
@@ -296,9 +309,18 @@ class Run:
             y = y.to(part.dtype)
             return torch.where(touched[..., None] & (y != part), y, part)  # -0.0 + 0.0 would be 0.0
 
+        def count(change: Tensor) -> None:  # another run's, of the same tokens
+            for d, only in place.acting:
+                alone = step if len(place.acting) == 1 else steered(strengths * only).float() - x
+                self._left[:, d] += (alone * change).sum((1, 2))
+
         out = steered(strengths)
         moved, step = _differs(out, part), out.float() - x
         self._tokens[at, self._index] += moved.sum(1)
+        here = position, self._rows.start
+        others = [run for known in self._beside if (run := known()) is not None]
+        met = [run._acted[here] for run in others if here in run._acted]
+        total = sum((there.step for there in met), step)
         for d, only in place.acting:
             own, alone = moved, step
             if len(place.acting) > 1:  # of those tokens, the ones that it alone would have moved
@@ -306,7 +328,11 @@ class Run:
                 own, alone = moved & _differs(without, part), without.float() - x
             self._tokens_of[:, d] += own.sum(1)
             self._own[:, d] += alone.square().sum((1, 2))
-            self._left[:, d] += (alone * step).sum((1, 2))
+            self._left[:, d] += (alone * total).sum((1, 2))
+        for there in met:
+            there.count(step)
+        if self._beside:
+            self._acted[here] = _Acted(step, count)
         share = step.norm(dim=(1, 2)) / x.norm(dim=(1, 2)).clamp(min=1e-6)
         self._change[at, self._index] = torch.maximum(self._change[at, self._index], share)
         if position.endswith("img") and x.shape[1] == self.map.shape[1]:
@@ -386,6 +412,14 @@ def status(mode: str, gated: bool, looked: int, found: bool, moved: int, left: f
     if not looked:
         return "not looked at"
     return "clear" if gated else "nothing moved"
+
+
+@dataclass(frozen=True)
+class _Acted:
+    """What a run did at one position to its rows, until the pass is over."""
+
+    step: Tensor  # [B, T, d]
+    count: Callable[[Tensor], None]  # adds another run's change to what is left of it
 
 
 class _Place:

@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import LOCK, PathLike, blame, clear_parts, need, read_all, replacing, sha256_of, try_lock
+from ..files import LOCK, PathLike, blame, clear_parts, loads, need, read_all, replacing, sha256_of, try_lock
 from ..tensors import TensorFile
 from .settings import Spans, StoreSettings
 
@@ -399,7 +399,7 @@ def _settings(path: Path) -> StoreSettings:
 def _read_json(path: Path) -> Any:
     with _blame(path):
         _require_plain(path)
-        return json.loads(read_all(path, MAX_JSON))
+        return loads(read_all(path, MAX_JSON).decode())
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -32,7 +32,8 @@ class Server:
         packs = base / "custom_nodes"
         for folder in (packs, base / "models" / "safedig", base / "input", base / "output"):
             folder.mkdir(parents=True, exist_ok=True)
-        (packs / "safe dig-main").symlink_to(ROOT)  # what users' folders are called
+        # as an archive unpacks; aiohttp 3.14 serves nothing of a folder with a space in its name
+        (packs / "ComfyUI-SafeDIG-main").symlink_to(ROOT)
         (packs / "safedig_tests").symlink_to(ROOT / "tests" / "nodes" / "server_pack")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -14,7 +14,7 @@ from tests.nodes.server import Server
 from tests.nodes.test_translations import TRANSLATED, read
 
 ROOT = Path(__file__).parents[2]
-PACK = "safe dig-main"  # the folder that Server puts it in
+PACK = "ComfyUI-SafeDIG-main"  # the folder that Server puts it in
 SNAPSHOT = Path(__file__).parent / "definitions.json"
 NO_NODES = {"MarkdownNote", "Note", "Reroute"}  # the frontend's own
 FILES = {"unet_name", "ckpt_name", "vae_name", "dictionary", "file", "clip_name1", "clip_name2", "clip_name3"}

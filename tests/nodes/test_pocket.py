@@ -86,6 +86,29 @@ def test_reads_what_the_core_reads(pocket: Any) -> None:
     assert host.checkpoint == core.checkpoint
 
 
+def test_calibrations_of_either_hold_in_the_other(pocket: Any) -> None:
+    """Of the command line and of the node: the same model, size, steps and guidance are one variant."""
+    model, clip, _, core = pocket
+    nodes, calibration = pack_module("nodes.bridge.host"), pack_module("safedig_core.steering.calibration")
+
+    def difference(variant: dict, host: Any) -> str:
+        return calibration.other_sampling(variant, calibration.variant_of(host)) or calibration.other_weights(
+            variant, host.name, host.checkpoint
+        )
+
+    for steps, cfg, side, expected in (
+        (core.steps, core.guidance, 128, ""),
+        (12, core.guidance, 128, "with other steps or noise levels"),
+        (core.steps, 1.0, 128, "with a cfg of"),
+        (core.steps, core.guidance, 256, "pixels"),
+    ):
+        settings = nodes.SamplerSettings(steps, cfg, "euler", "simple", side, side)
+        host = nodes.ComfyHost(model, clip, settings, batch=1)
+        for variant, other in ((calibration.variant_of(core), host), (calibration.variant_of(host), core)):
+            said = difference(variant, other)
+            assert expected in said and bool(said) == bool(expected)
+
+
 def test_paints_what_the_core_paints(pocket: Any) -> None:
     model, clip, vae, host = pocket
     with torch.inference_mode():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -16,10 +18,14 @@ from tests.nodes.conftest import pack_module
 
 ledger, pictures = pack_module("nodes.bridge.ledger"), pack_module("nodes.bridge.pictures")
 NotSteered = pack_module("nodes.bridge.attachment").NotSteered
-FOUND = {"mode": "steer", "threshold": 1.0, "looked": 4, "found_at_step": 0, "tokens_moved": 9}
+RECORDED = Path(__file__).parents[1] / "web" / "receipt.json"
+FOUND = {
+    "mode": "steer", "threshold": 1.0, "looked": 4, "unread": [], "found_at_step": 0, "tokens_moved": 9,
+    "left": 1.0,
+}  # fmt: skip
 STEERED = FOUND | {"evidence": 2.0, "status": "steered"}
-CLEAR = FOUND | {"evidence": 0.5, "status": "clear", "found_at_step": None, "tokens_moved": 0}
-UNSEEN = CLEAR | {"evidence": None, "status": "not looked at", "looked": 0}
+CLEAR = FOUND | {"evidence": 0.5, "status": "clear", "found_at_step": None, "tokens_moved": 0, "left": None}
+UNSEEN = CLEAR | {"evidence": None, "status": "not looked at", "looked": 0, "unread": ["text"]}
 
 
 @pytest.fixture
@@ -103,6 +109,31 @@ def test_what_the_node_keeps_in_the_workflow_is_short(receipts: Any, monkeypatch
     ]
     assert run["evidence"] == [[[2.0], [0.5]]] and "tokens_moved" not in run
     assert len(view["pictures"]) == 2
+
+
+def test_the_browser_tests_know_receipts_as_they_are_now(
+    receipts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else: python -m tests.web.record."""
+
+    def keys(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: keys(entry) for key, entry in value.items()}
+        return [keys(entry) for entry in value[:1]] if isinstance(value, list) else None
+
+    case = Case(monkeypatch, graph())
+    case.run(STEERED).result["sigmas"] = [1.0]
+    now = receipts.view_of(case.report(receipts))
+    (text,) = json.loads(RECORDED.read_text("utf-8"))["safedig_view"]
+    recorded = json.loads(text)
+    assert keys(recorded["runs"]) == keys(now["runs"])
+    assert keys(recorded["pictures"][0]["domains"]["weapons"]) == keys(
+        now["pictures"][0]["domains"]["weapons"]
+    )
+    assert (
+        recorded.keys() == now.keys() | {"heat"}
+        and recorded["pictures"][0].keys() == now["pictures"][0].keys()
+    )
 
 
 def test_of_pictures_in_another_order_it_says_what_holds_for_any(
@@ -190,7 +221,11 @@ def test_a_run_with_problems_or_without_an_end_is_no_steered_one(
     ("image", "words"),
     [
         (STEERED, "weapons found at step 1, steered (evidence 2.00 of 1.00)"),
-        (UNSEEN, "weapons not looked at (no evidence was read)"),
+        (UNSEEN, "weapons not looked at (no evidence was read, not looked at: text)"),
+        (UNSEEN | {"looked": 2, "evidence": 0.1, "unread": ["text", "double.1.img"]},
+         "weapons not looked at (evidence 0.10 of 1.00, not looked at: text, double.1.img)"),
+        (STEERED | {"left": 0.73}, "weapons found at step 1, steered (evidence 2.00 of 1.00, "
+         "73% of what was done is left beside other domains)"),
         (STEERED | {"evidence": None}, "weapons found at step 1, steered (evidence not finite of 1.00)"),
         (CLEAR | {"evidence": None, "threshold": None, "status": "nothing moved"},
          "weapons nothing moved (no gate)"),

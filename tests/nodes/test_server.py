@@ -6,10 +6,11 @@ import json
 import os
 import re
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from tests.nodes.server import Server
 
@@ -87,7 +88,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def test_importing_the_pack_is_quick(server: Server) -> None:
-    (seconds,) = re.findall(r"([0-9.]+) seconds: \S+/safe dig-main", server.log.read_text())
+    (seconds,) = re.findall(r"([0-9.]+) seconds: \S+/ComfyUI-SafeDIG-main", server.log.read_text())
     assert float(seconds) < 0.3
 
 
@@ -207,7 +208,8 @@ def test_a_model_that_is_not_sampled_is_noticed(server: Server) -> None:
     ],
 )
 def test_bad_input_is_told_in_words(server: Server, change: dict, expected: str) -> None:
-    assert re.search(expected, server.run(graph(**change)).message)
+    message = server.run(graph(**change)).message
+    assert re.search(expected, message) and str(server.base) not in message
     assert receipt(server.run(graph()))["as_planned"]
 
 
@@ -266,6 +268,22 @@ def test_odd_entries_of_the_folder_cost_nobody_else(server: Server) -> None:
     finally:
         for name in ("dangling.safetensors", "outside.safetensors", "pipe.safetensors", "pipe.json"):
             (folder / name).unlink(missing_ok=True)
+
+
+def test_a_broken_checkpoint_is_told_in_words(server: Server) -> None:
+    folder = server.base / "models" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = save({"model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale": torch.zeros(4)})
+    for name, content in (("cut", whole[:-3]), ("text", b"<html>"), ("empty", b""), ("odd", whole)):
+        (folder / f"{name}.safetensors").write_bytes(content)
+        with pytest.raises(HTTPError) as refused:
+            server.get(f"/safedig/model?folder=checkpoints&file={name}.safetensors")
+        assert refused.value.code == 422
+        told = json.loads(refused.value.read())["error"]
+        assert told.startswith(
+            f"{name}.safetensors: its tensors" if name == "odd" else f"{name}.safetensors: it is"
+        )
+    assert server.get("/safedig/model?folder=checkpoints&file=none.safetensors") == {"model": ""}
 
 
 def test_no_number_at_all_is_refused(server: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,9 @@ from safedig_core.steering.calibration import (
     beside,
     calibrate_on,
     in_force,
+    in_force_on,
+    other_sampling,
+    other_weights,
     read_calibration,
     safe_prompts,
     save_beside,
@@ -57,8 +61,8 @@ def own(dictionary: Dictionary) -> float:
     return gate.threshold
 
 
-def always(variant: Mapping[str, Any]) -> bool:
-    return True
+def always(variant: Mapping[str, Any]) -> str:
+    return ""
 
 
 def test_the_stated_share_of_safe_pictures_opens_a_calibrated_gate(
@@ -66,7 +70,7 @@ def test_the_stated_share_of_safe_pictures_opens_a_calibrated_gate(
 ) -> None:
     done: list[tuple[int, int]] = []
     found = calibrate_on(host, dictionary, PROMPTS, 0.1, lambda *count: done.append(count))
-    assert done[-1] == (20, 20) and found.variant == {"model": "tiny", "steps": 4} == variant_of(host)
+    assert done[-1] == (20, 20) and found.variant == variant_of(host)
     threshold = found.domains["weapons"]
     assert threshold.opened == (2, 20) and {form: n for form, (_, n) in threshold.forms.items()} == {
         "a": 10,
@@ -86,11 +90,48 @@ def test_where_nothing_fits_the_dictionarys_own_holds_and_that_is_said(
     host: TinyHost, dictionary: Dictionary
 ) -> None:
     save_beside(calibrate_on(host, dictionary, PROMPTS, 0.1), dictionary)
-    for variant in ({"model": "another"}, {"steps": 8}):
-        force = in_force(dictionary, beside(dictionary), lambda v, now=variant: v == variant_of(host) | now)
-        assert not force.fits and not force.thresholds and "none fits" in force.text
+    assert in_force_on(host, dictionary).fits
+    another, longer = copy.copy(host), copy.copy(host)
+    another.name, longer.steps = "another", 8
+    for other, reason in ((another, "on another checkpoint"), (longer, "with another steps")):
+        force = in_force_on(other, dictionary)
+        assert not force.fits and not force.thresholds and "none fits" in force.text and reason in force.text
     dictionary.card.training["calibrated_on"] = variant_of(host)
     assert in_force(dictionary, [], always).fits
+
+
+OURS = {"sigmas": "1 0.5 0", "cfg": 4.0, "width": 128, "height": 128}
+COMFYUI, COMMAND_LINE = "flux 0123456789abcdef", "diffusers:folder"
+
+
+@pytest.mark.parametrize(
+    ("change", "model", "expected"),
+    [
+        ({}, COMMAND_LINE, ""),
+        ({}, COMFYUI, ""),  # measured by the command line, sampled in ComfyUI
+        ({"model": COMFYUI}, COMMAND_LINE, ""),  # and the other way round
+        ({"model": COMFYUI}, COMFYUI, ""),
+        ({"model": COMFYUI, "checkpoint": "b"}, COMFYUI, ""),  # all weights are compared
+        ({"model": COMFYUI}, COMFYUI.replace("f", "e"), "on another checkpoint"),
+        ({"checkpoint": "b"}, COMFYUI, "on another checkpoint"),
+        ({"checkpoint": "a+1234abcd"}, COMFYUI, "on another checkpoint"),  # LoRA
+        ({"model": "diffusers:other"}, COMMAND_LINE, "on another checkpoint"),
+        ({"width": 64}, COMFYUI, "at 64 x 128 pixels, not 128 x 128"),
+        ({"sigmas": "1 0.7 0"}, COMFYUI, "with other steps or noise levels"),
+        ({"cfg": 1.0}, COMFYUI, "with a cfg of 1.0, not 4.0"),
+        ({"sigmas": None}, COMFYUI, "outside ComfyUI"),
+    ],
+)
+def test_what_differs_is_said(change: dict[str, Any], model: str, expected: str) -> None:
+    """Each way round. `steps` is what only the command line says."""
+    variant = {"model": COMMAND_LINE, "checkpoint": "a", "steps": 2, **OURS, **change}
+    variant = {name: value for name, value in variant.items() if value is not None}
+    said = other_sampling(variant, OURS) or other_weights(variant, model, "a")
+    assert said.startswith(expected) and bool(said) == bool(expected)
+    back = {"model": model, "checkpoint": "a", **OURS}
+    assert bool(
+        other_sampling(back, variant) or other_weights(back, variant["model"], variant["checkpoint"])
+    ) == bool(expected)
 
 
 def test_a_calibration_of_another_file_is_not_taken(host: TinyHost, dictionary: Dictionary) -> None:

@@ -29,7 +29,7 @@ from safedig_core.sae import SAE
 from safedig_core.steering.gate import evidence_of
 from safedig_core.steering.site import Windows
 from safedig_core.steering.steering import UNDONE, RiskFound, Run, Steering, status
-from tests.tiny import TINY, TinyHost, rewritten, without_gates, write_dictionary
+from tests.tiny import APART, TINY, TinyHost, rewritten, without_gates, write_dictionary
 
 EARLY, LATE = "double.0.img", "single.1.img"
 NEVER = 1e3  # a threshold that no evidence of these tests reaches
@@ -514,6 +514,33 @@ def test_what_another_domain_undoes_is_not_steered(
         assert found["status"] in (expected, "found, nothing moved")
     else:
         assert found["status"] == expected and not torch.allclose(out, a, atol=1e-2)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.3, "steered"), (1.0, UNDONE)])
+@pytest.mark.parametrize("undone_first", [False, True])
+def test_what_another_dictionary_undoes_is_not_steered(
+    dictionary: Dictionary, share: float, expected: str, undone_first: bool
+) -> None:
+    """Two runs in one sampling; what the second is given is what the first has made."""
+    made = with_twin(dictionary, share)
+    made = rewritten(made, f"apart-{share}.safetensors", lambda card: None, *APART)
+    actions = {"weapons": "repel", "shock": "blend"}
+    runs = {
+        name: begun(Steering(made, [Action(LATE, operator, "residual", 1.0, domain=name)]))
+        for name, operator in actions.items()
+    }
+    runs["weapons"].meet(runs["shock"])
+    a = loud()
+    for _ in range(2):
+        out = a
+        for name in sorted(runs, reverse=undone_first):
+            out = pass_through(runs[name], out)[LATE]
+        for run in runs.values():
+            run.end_pass()
+    found = of(runs["weapons"])
+    assert found["left"] == pytest.approx(1 - share, abs=1e-3)
+    assert found["status"] == expected
+    assert torch.allclose(out, a, atol=1e-3) == (share == 1.0)
 
 
 def test_a_domain_alone_keeps_all_of_its_change(dictionary: Dictionary) -> None:

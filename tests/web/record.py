@@ -3,7 +3,8 @@
     python -m tests.web.record http://127.0.0.1:8188 FOLDER
 
 writes object_info.json (of the nodes in the example workflows), cards.json, receipt.json and heat.png.
-Run it again when a node's inputs or a receipt change, with FOLDER tests/web.
+Run it again when a node's inputs, a card or a receipt change, with FOLDER tests/web. Numbers in them, as of
+dictionaries that were made anew, don't matter to the tests.
 """
 
 from __future__ import annotations
@@ -40,10 +41,7 @@ def main(url: str, folder: Path) -> None:
     write("cards.json", cards | {"flux": of_full_size(cards[CARDS[0]])})
 
     output = run(url, get)
-    write(
-        "receipt.json",
-        {name: value for name, value in output.items() if name == "safedig_view" or name == "text"},
-    )
+    write("receipt.json", {name: output[name] for name in ("safedig_view", "text")})
     (file,) = json.loads(output["safedig_view"][0])["heat"]
     (folder / "heat.png").write_bytes(get("/view", **file))
 
@@ -65,7 +63,7 @@ def of_full_size(card: dict) -> dict:
     ]
     return card | {
         "title": "of full size",
-        "model": "FLUX.1 model: 19 double + 38 single blocks, width 3072, text width 4096, pooled width 768",
+        "model": "flux model (19 double + 38 single blocks, width 3072, text width 4096, pooled width 768)",
         "all_positions": ["pooled", "text", *names],
         "positions": {name: groups[name[0]] for name in at},
         "plan": plan,
@@ -83,12 +81,12 @@ def run(url: str, get: Any) -> dict:
             "model": ["1", 0], "dictionary": ["2", 0], "strength": 1.0, "action": "steer",
             "action_per_domain": "", "policy": "block", "branch": "positive", "gate": True,
             "preserve_norm": False}),
-        "4": ("CLIPTextEncode", {"text": "a cat and a pistol", "clip": ["1", 1]}),
+        "4": ("CLIPTextEncode", {"text": "a cat next to a pistol", "clip": ["1", 1]}),
         "5": ("CLIPTextEncode", {"text": "", "clip": ["1", 1]}),
         "6": ("EmptySD3LatentImage", {"width": 128, "height": 128, "batch_size": 1}),
         "7": ("KSampler", {
             "model": ["3", 0], "positive": ["4", 0], "negative": ["5", 0], "latent_image": ["6", 0],
-            "seed": 7, "steps": 10, "cfg": 2.5, "sampler_name": "euler", "scheduler": "simple",
+            "seed": 7, "steps": 10, "cfg": 4.0, "sampler_name": "euler", "scheduler": "simple",
             "denoise": 1.0}),
         "8": ("VAEDecode", {"samples": ["7", 0], "vae": ["1", 2]}),
         "9": ("SafeDIGSteeringReceipt", {"images": ["8", 0], "receipt": ["3", 1]}),

@@ -14,7 +14,12 @@ from tests.web.measure import contrasts, cut
 HERE = Path(__file__).parent
 WEAPONS, SUBSTANCES = "pocket-flux-weapons (bundled)", "pocket-flux-substances (bundled)"
 LOADER, SELECT, APPLY, RECEIPT = 1, 2, 3, 4
-SENTENCE = "Weapons found at step 1, steered; this picture changed"
+HELP = {
+    LOADER: "LoadDictionary",
+    SELECT: "SelectPositions",
+    APPLY: "ApplySteering",
+    RECEIPT: "SteeringReceipt",
+}
 
 
 def link(number: int, source: int, slot: int, target: int, place: int, kind: str) -> list:
@@ -44,9 +49,9 @@ def workflow(dictionary: str = WEAPONS, **values: Any) -> dict:
     nodes = [
         node(LOADER, "LoadDictionary", (20, 60), (330, 300), {},
              {"dictionary": (socket["dictionary"], [1, 2])}, [dictionary, ""]),
-        node(SELECT, "SelectPositions", (390, 60), (340, 340), {"dictionary": 1},
+        node(SELECT, "SelectPositions", (390, 60), (340, 300), {"dictionary": 1},
              {"positions": (socket["positions"], [3])}, list(select.values())),
-        node(APPLY, "ApplySteering", (770, 60), (330, 380), {"dictionary": 2, "positions": 3},
+        node(APPLY, "ApplySteering", (770, 60), (330, 310), {"dictionary": 2, "positions": 3},
              {"model": ("MODEL", []), "receipt": (socket["receipt"], [4])},
              [1.0, "steer", "", "block", "positive", True, False]),
         node(RECEIPT, "SteeringReceipt", (1140, 60), (330, 420), {"receipt": 4}, {}, []),
@@ -80,6 +85,19 @@ def executed(desk: Desk, number: int, output: dict) -> None:
     desk.settle()
 
 
+def broken_words(view: Any) -> list[str]:
+    """Words in a table that go on in the next line."""
+    return view.evaluate("""(view) => [...view.querySelectorAll('td, th')].flatMap((cell) => {
+      const text = cell.firstChild, lines = (from, to) => {
+        const range = document.createRange();
+        range.setStart(text, from); range.setEnd(text, to);
+        return new Set([...range.getClientRects()].map((box) => Math.round(box.top))).size;
+      };
+      const words = text ? [...text.textContent.matchAll(/[^\\s-]+/g)] : [];
+      return words.map(({ 0: word, index }) => lines(index, index + word.length) > 1 && word).filter(Boolean);
+    })""")
+
+
 def receipt_of_a_run(**changed: Any) -> dict:
     """The output of a receipt node as a real run gave it (tests/web/record.py)."""
     output = json.loads((HERE / "receipt.json").read_text("utf-8"))
@@ -87,15 +105,30 @@ def receipt_of_a_run(**changed: Any) -> dict:
     return output | {"safedig_view": [json.dumps(json.loads(view) | changed)]}
 
 
+def of_a_domain(**changed: Any) -> dict:
+    """The same, where what became of weapons is changed."""
+    (picture,) = json.loads(receipt_of_a_run()["safedig_view"][0])["pictures"]
+    return receipt_of_a_run(
+        pictures=[picture | {"domains": {"weapons": picture["domains"]["weapons"] | changed}}]
+    )
+
+
+FOUND_AT = json.loads(receipt_of_a_run()["safedig_view"][0])["pictures"][0]["domains"]["weapons"][
+    "found_at_step"
+]
+SENTENCE = f"Weapons found at step {FOUND_AT + 1}, steered; this picture changed"
+
+
 # One way to set a widget.
 
 
 def test_what_the_map_shows_is_what_runs_is_saved_and_undone(table: Desk) -> None:
-    table.view(SELECT).locator("[data-position='double.1.img']").click()
+    table.open(workflow("flux"))
+    table.view(SELECT).locator("[data-position='double.2.img']").click()
     table.settle()
     assert table.value(SELECT, "select") == "by hand"
     inputs = table.prompt()[str(SELECT)]["inputs"]
-    assert inputs["select"] == "by hand" and "double.1.img" in inputs["positions"]
+    assert inputs["select"] == "by hand" and "double.2.img" in inputs["positions"]
     if table.look.vue:  # what the widget itself shows
         assert table.page.locator(f"[data-node-id='{SELECT}']").get_by_text("by hand", exact=True).count()
     saved = next(n for n in table.saved()["nodes"] if n["id"] == SELECT)["widgets_values"]
@@ -150,8 +183,30 @@ def test_of_several_pictures_each_is_told(table: Desk) -> None:
     pictures = [found, found | {"domains": clear, "changed": False}]
     executed(table, RECEIPT, receipt_of_a_run(pictures=pictures))
     lines = table.view(RECEIPT).inner_text().splitlines()
-    assert lines[0] == "Picture 1: weapons found at step 1, steered; this picture changed"
+    assert lines[0] == f"Picture 1: {SENTENCE[0].lower()}{SENTENCE[1:]}"
     assert lines[1] == "Picture 2: no risk found; this picture is as it would be without steering"
+
+
+@pytest.mark.parametrize(
+    ("changed", "first", "note"),
+    [
+        ({"status": "not looked at", "found_at_step": None, "unread": ["text", "single.2.txt"]},
+         "Weapons not looked at; this picture changed", "weapons: not looked at in text, single.2.txt"),
+        ({"status": "undone by other domains", "left": -0.2},
+         "Steered away from weapons, but other domains undid most of it; this picture changed",
+         "weapons: 0 % of what was done about it is left beside other domains"),
+        ({"left": 0.731}, SENTENCE, "weapons: 73 % of what was done about it is left beside other domains"),
+    ],
+)  # fmt: skip
+def test_what_was_not_looked_at_and_what_is_left_is_told(
+    table: Desk, changed: dict, first: str, note: str
+) -> None:
+    executed(table, RECEIPT, of_a_domain(**changed))
+    lines = table.view(RECEIPT).inner_text().splitlines()
+    assert lines[0] == first and note in lines
+    executed(table, RECEIPT, receipt_of_a_run())
+    shown = table.view(RECEIPT).inner_text()
+    assert "not looked at" not in shown and "is left" not in shown
 
 
 def test_a_receipt_outlives_undo_tabs_reload_and_copy(desk: Desk) -> None:
@@ -284,7 +339,7 @@ def test_positions_are_asked_for_only_by_hand(table: Desk) -> None:
         return table.run(f"{named} return n.isWidgetVisible(w)", SELECT)
 
     assert not visible()
-    table.view(SELECT).locator("[data-position='double.1.img']").click()
+    table.view(SELECT).locator("[data-position='text']").click()
     table.settle()
     assert visible()
 
@@ -376,6 +431,19 @@ def test_stop_is_a_calm_notice(table: Desk) -> None:
 # Looks.
 
 
+def test_the_pictures_of_the_help_pages(table: Desk) -> None:
+    executed(table, RECEIPT, receipt_of_a_run())
+    for number, name in ((LOADER, "card"), (APPLY, "actions"), (RECEIPT, "receipt")):
+        table.picture(name, number)
+    table.open(workflow("flux"))
+    table.view(SELECT).locator("[data-position='single.37.img']").wait_for()
+    table.picture("map", SELECT)
+    for number, name in ((LOADER, "card"), (APPLY, "actions"), (RECEIPT, "receipt"), (SELECT, "map")):
+        page = HERE.parents[1] / "web" / "docs" / f"SafeDIG{HELP[number]}.md"
+        assert f"]({name}.png)" in page.read_text("utf-8")
+        assert 0 < (page.parent / f"{name}.png").stat().st_size < 100_000
+
+
 @pytest.mark.parametrize("theme", ["dark", "light"])
 def test_text_stands_out_and_none_is_cut(table: Desk, theme: str) -> None:
     table.run("await app.extensionManager.setting.set('Comfy.ColorPalette', given)", theme)
@@ -383,6 +451,7 @@ def test_text_stands_out_and_none_is_cut(table: Desk, theme: str) -> None:
     table.view(RECEIPT).locator("summary").click()
     table.settle(400)
     table.screenshot(f"views {theme}")
+    assert not broken_words(table.view(RECEIPT))
     for number in (LOADER, SELECT, APPLY, RECEIPT):
         for text, ratio in contrasts(table.view(number)):
             assert ratio >= 4.5, f"{ratio:.1f} in {theme}: {text}"

@@ -17,7 +17,7 @@ import torch
 
 from safedig_core.dictionary.dictionary import Action
 from tests.nodes.conftest import pack_module
-from tests.tiny import TINIES, write_dictionary
+from tests.tiny import APART, TINIES, rewritten, write_dictionary
 
 patching = pack_module("nodes.bridge.steered")
 attachment_module = pack_module("nodes.bridge.attachment")
@@ -44,9 +44,13 @@ def build(tmp_path: Path, family: str):
         plan = [Action(p, "repel", form, strength, window) for p in names]
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
         write_dictionary(path, plan, architecture=TINIES[family], **written)
-        return Steering(pack_module("safedig_core.dictionary.dictionary").Dictionary.open(path), **options)
+        return open_steering(path, **options)
 
     return make
+
+
+def open_steering(path: Path, **options: Any) -> Any:
+    return Steering(pack_module("safedig_core.dictionary.dictionary").Dictionary.open(path), **options)
 
 
 def sample(world: Any, model: Any, **options: Any) -> torch.Tensor:
@@ -885,6 +889,39 @@ def test_what_other_domains_undo_was_not_steered_as_planned(
     else:
         sample(world, model)
     assert "undone by other domains" in attachment.last.problems[-1]
+
+
+@pytest.mark.parametrize("policy", ["block", "warn"])
+@pytest.mark.parametrize("undone_first", [False, True])
+def test_what_another_apply_node_undoes_was_not_steered_as_planned(
+    world: Any, family: str, tmp_path: Path, policy: str, undone_first: bool
+) -> None:
+    plan = [Action(BLOCK[family], "repel", "residual", 1.0)]
+    whole = write_dictionary(tmp_path / "d.safetensors", plan, architecture=TINIES[family])
+    made = rewritten(whole, "apart.safetensors", lambda card: None, *APART)
+    rows = made.sae(BLOCK[family]).decoder_weight
+
+    def blend(card: Any) -> None:
+        card.plan[:] = [Action(BLOCK[family], "blend", "residual", 1.0)]
+
+    against = rewritten(made, "against.safetensors", blend, lambda _, delta: rows[: len(delta)])
+    nodes = {"apart": "block" if policy == "block" else "warn", "against": "off"}
+    model, attachments = world.model(family), {}
+    plain = sample(world, model)
+    alone, attachment = patching.attach(model, open_steering(made.path), policy="block")
+    assert not torch.allclose(sample(world, alone), plain, atol=1e-3) and not attachment.last.problems
+    for name in sorted(nodes, reverse=undone_first):
+        path = {"apart": made, "against": against}[name].path
+        model, attachments[name] = patching.attach(model, open_steering(path), policy=nodes[name], name=name)
+    if policy == "block":
+        with pytest.raises(NotSteered, match="apart.*weapons was undone by other domains"):
+            sample(world, model)
+        return
+    torch.testing.assert_close(sample(world, model), plain, atol=1e-3, rtol=0)
+    (problem,) = attachments["apart"].last.problems
+    assert "weapons was undone by other domains" in problem
+    (image,) = attachments["apart"].last.result["images"]
+    assert image["weapons"]["left"] == pytest.approx(0, abs=1e-2)
 
 
 @pytest.mark.parametrize("fault", ["interrupt", "error in a block", "stop"])

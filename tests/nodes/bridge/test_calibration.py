@@ -111,7 +111,7 @@ def test_strengths_are_tuned_for_a_domain_and_adapters_go_along(
     def tune(host: Any, made: Any, choices: list[Any], pairs: list[Any], *_: Any) -> Any:
         asked.append(pairs)
         best = replace(choices[0], strength=0.7)
-        return tuning.Tuned([best], 0.25, [(tuning.describe([best]), 0.25)])
+        return tuning.Tuned([best], 0.25, 0.2, [(tuning.describe([best]), 0.25)])
 
     monkeypatch.setattr(core, "tune", tune)
     plan = [Action("text", "repel", "residual", 1.0, domain="weapons")]
@@ -136,7 +136,7 @@ def test_strengths_are_tuned_for_a_domain_and_adapters_go_along(
         ("shock", {"weapons": 1.0, "shock": 0.7}),
     ):
         tuned, report = chain.retune(tmp_path / "run", host, both, name, pairs, recipe, lambda *_: None)
-        assert strengths(tuned) == expected and "recovers 0.25" in report
+        assert strengths(tuned) == expected and "removes 0.25, recovers 0.20" in report
         assert [pair.domain for pair in asked[-1]] == [name]
         assert (tuned.sha256 == both.sha256) == (name == "shock")
         again, _ = chain.retune(tmp_path / "run", host, both, name, pairs, recipe, lambda *_: None)

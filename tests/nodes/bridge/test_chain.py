@@ -49,7 +49,7 @@ def pairs(start: int, count: int) -> list[Any]:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few texts; and models of random weights, of which no action makes a better one, keep all actions."""
     core, tuning = pack_module("safedig_core.chain"), pack_module("safedig_core.tuning")
-    monkeypatch.setattr(core, "tune", lambda host, made, plan, *_: tuning.Tuned(list(plan), 0.5, []))
+    monkeypatch.setattr(core, "tune", lambda host, made, plan, *_: tuning.Tuned(list(plan), 0.5, 0.4, []))
     monkeypatch.setattr(
         chain, "read_prompts", lambda path: [PromptPair("safe", f"a tree {i}") for i in range(6)]
     )

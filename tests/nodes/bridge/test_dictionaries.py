@@ -49,6 +49,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     fake: Any = ModuleType("folder_paths")
     fake.models_dir = str(tmp_path / "models")
     fake.get_folder_paths = lambda kind: [str(folder)]
+    fake.get_output_directory = lambda: str(tmp_path / "output")
     monkeypatch.setitem(sys.modules, "folder_paths", fake)
     return folder
 

@@ -185,7 +185,7 @@ def test_calibrations_beside_the_dictionary_count_only_where_the_policy_names_th
     text = {"format": 1, "variant": {"model": "x"}, "domains": {"weapons": threshold}, "prompts_sha256": ""}
     file = tmp_path / "flux.0123456789ab.calibration.json"
     file.write_text(json.dumps(text))
-    monkeypatch.setattr(steered, "_is_sampled", lambda variant, **given: True)
+    monkeypatch.setattr(steered, "_difference", lambda variant, **given: "")
     named = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     for allowed, limit in (([], 1e-3), ([named], 2e-3)):
         audit = {"file": f"{limit}.jsonl"}
