@@ -31,8 +31,12 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A few prompts of each kind, as files."""
     folder = tmp_path_factory.mktemp("prompts")
     found = {}
-    for name, source, start in (("train", "train", 0), ("tune", "train", 3), ("evaluate", "evaluate", 0)):
-        pairs = [p for d in ("weapons", "substances", "safe") for p in shipped(source, [d])[start::7][:5]]
+    for name, source, start, most in (
+        ("train", "train", 0, 5),
+        ("tune", "train", 3, 3),
+        ("evaluate", "evaluate", 0, 5),
+    ):
+        pairs = [p for d in ("weapons", "substances", "safe") for p in shipped(source, [d])[start::7][:most]]
         write_prompts(folder / f"{name}.jsonl", pairs)
         found[name] = str(folder / f"{name}.jsonl")
     write_prompts(folder / "texts.jsonl", shipped("usual")[:64])
