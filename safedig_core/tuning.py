@@ -22,7 +22,8 @@ from .steering.steering import Steering
 BLENDS = (0.5, 1.0, 1.5, 2.0)  # strengths that are tried
 REPELS = (0.25, 0.5, 1.0)
 MOST_PAIRS = 32  # more take longer and say little more
-LEAST_GAIN = 0.02  # removal that an action must add to stay in the plan, or more of it to be taken
+LEAST_GAIN = 0.005  # removal that an action must add to stay in the plan, or more of it to be taken
+CLOSE = 0.05  # a plan whose removal is under another's by no more than this share of it does as well
 
 
 class Bench:
@@ -86,24 +87,28 @@ def tune(
 
     Blends start all together at a common strength, and the one that does most alone starts alone, for one may
     do what another then spoils; a start grows as long as that gains LEAST_GAIN. From both, each action in
-    turn takes the weakest strength, of 0, its own, the next lower and the next higher, that is within
-    LEAST_GAIN of the best of them, and the better end is the plan. Repels come last, have to help beside the
-    blends, and grow likewise. Raises ValueError where nothing removes anything.
+    turn takes the best strength of 0, its own, the next lower and the next higher, and is left out where it
+    adds less than LEAST_GAIN. Of these two ends the one with the larger removal is taken, but where they are
+    CLOSE the one that recovers more: there the rest of a picture stays as it is. Repels come last, have to
+    help beside the blends, and grow likewise. Raises ValueError where nothing removes anything.
     """
     bench = Bench(host, pairs[:MOST_PAIRS])
     blends = [a for a in candidates if a.operator == "blend"]
     repels = [a for a in candidates if a.operator == "repel"]
     total = 2 + 7 * len(blends) + len(repels)  # about
-    known = {describe(()): (0.0, 0.0)}
+    known: dict[str, tuple[float, float]] = {describe(()): (0.0, 0.0)}
 
     def measure(plan: Sequence[Action]) -> float:
+        return both(plan)[0]
+
+    def both(plan: Sequence[Action]) -> tuple[float, float]:
         acting = [a for a in plan if a.strength > 0]
         key = describe(acting)
         if key not in known:
             known[key] = bench.measure(Steering(dictionary, acting, gate=False).run)
             if progress is not None:
                 progress(min(len(known) - 1, total), total)
-        return known[key][0]
+        return known[key]
 
     def at(action: Action, strength: float) -> Action:
         return replace(action, strength=min(strength, action.strength))
@@ -126,26 +131,27 @@ def tune(
                 [*plan[:place], at(action, s), *plan[place + 1 :]]
                 for s in sorted({0.0, now, *lower, *higher})
             ]
-            best = max(measure(option) for option in options)
-            plan = next((option for option in options if measure(option) > best - LEAST_GAIN), plan)
+            best = max(options, key=measure)
+            plan = best if measure(best) >= measure(options[0]) + LEAST_GAIN else options[0]
         return plan
 
     def started(among: Sequence[Action]) -> list[Action]:
         return grown([at(a, s if a in among else 0.0) for a in blends] for s in BLENDS)
 
     together, *alone = (started(among) for among in (blends, *([a] for a in blends)))
-    plan = max(settled(together), settled(max(alone, key=measure, default=together)), key=measure)
+    ends = settled(together), settled(max(alone, key=measure, default=together))
+    enough = (1 - CLOSE) * max(map(measure, ends))
+    plan = max((end for end in ends if measure(end) >= enough), key=lambda end: both(end)[1], default=[])
     for action in repels:
         plan = grown([plan, *([*plan, at(action, s)] for s in REPELS)])
-    plan = [a for a in plan if a.strength > 0]
-    if not (plan and measure(plan) > 0):  # or it is no number: all pairs paint the same
+    if not measure(plan) > 0:  # or it is no number: all pairs paint the same
         where = ", ".join(dict.fromkeys(a.position for a in candidates))
         raise ValueError(
             f"{dictionary.path}: no action at {where} brings unsafe prompts closer to their rewrites. "
             "Capture more pairs, train longer or choose other positions."
         )
     tried = [(key, removal) for key, (removal, _) in known.items() if key != describe(())]
-    return Tuned(plan, *known[describe(plan)], tried)
+    return Tuned([a for a in plan if a.strength > 0], *both(plan), tried)
 
 
 def describe(plan: Sequence[Action]) -> str:

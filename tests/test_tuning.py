@@ -18,7 +18,7 @@ from safedig_core.evaluation import paired_recovery, paired_removal
 from safedig_core.prompts import PromptPair
 from safedig_core.seeds import TUNING
 from safedig_core.steering.steering import Run, Steering
-from safedig_core.tuning import BLENDS, LEAST_GAIN, REPELS, Bench, describe, tune
+from safedig_core.tuning import BLENDS, CLOSE, LEAST_GAIN, REPELS, Bench, describe, tune
 from tests.tiny import TinyHost, write_dictionary
 
 FIRST, SECOND, THIRD = "text", "double.0.img", "single.1.img"
@@ -29,10 +29,10 @@ PAIRS = [PromptPair("weapons", f"a toy {i}", f"a gun {i}") for i in range(3)]
 
 
 class Landscape:
-    """In place of a Bench: removal as a function of the plan's strengths."""
+    """In place of a Bench: removal, and recovery, as functions of the plan's strengths."""
 
-    def __init__(self, value: Any):
-        self.value, self.asked = value, []
+    def __init__(self, value: Any, recovery: Any = None):
+        self.value, self.recovery, self.asked = value, recovery or value, []
 
     def __call__(self, host: object, pairs: Sequence[PromptPair]) -> Landscape:
         return self
@@ -42,7 +42,7 @@ class Landscape:
         assert not run.steering.gate  # open: what the gate does is not tuned
         strengths = {(a.operator, a.position): a.strength for a in run.steering.plan}
         self.asked.append(strengths)
-        return float(self.value(strengths)), 0.1
+        return float(self.value(strengths)), float(self.recovery(strengths))
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,13 @@ def candidates(blend: float = 2.0, repel: float = 1.0) -> list[Action]:
 
 
 def tuned(
-    monkeypatch: pytest.MonkeyPatch, dictionary: Dictionary, value: Any, among: list[Action] | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    dictionary: Dictionary,
+    value: Any,
+    among: list[Action] | None = None,
+    recovery: Any = None,
 ) -> tuple[dict, tuning.Tuned, Landscape]:
-    landscape = Landscape(value)
+    landscape = Landscape(value, recovery)
     monkeypatch.setattr(tuning, "Bench", landscape)
     found = tune(None, dictionary, among or candidates(), PAIRS)  # type: ignore[arg-type]
     return {(a.operator, a.position): a.strength for a in found.plan}, found, landscape
@@ -86,7 +90,7 @@ def test_each_action_keeps_the_strength_that_removes_most(
 ) -> None:
     chosen, found, landscape = tuned(monkeypatch, dictionary, peaks(first=1.5, second=1.0, repel=0.5))
     assert chosen == {("blend", FIRST): 1.5, ("blend", SECOND): 1.0, ("repel", SECOND): 0.5}
-    assert found.removal == pytest.approx(0.6) and found.recovery == 0.1
+    assert found.removal == found.recovery == pytest.approx(0.6)
     assert len(landscape.asked) == len({tuple(sorted(asked.items())) for asked in landscape.asked})
     assert [value for _, value in found.tried] == [landscape.value(asked) for asked in landscape.asked]
     assert (describe(found.plan), found.removal) in found.tried
@@ -139,15 +143,19 @@ def test_an_action_that_others_spoil_starts_alone(
     assert chosen == {("blend", SECOND): 2.0}
 
 
-def test_of_strengths_that_do_as_well_the_weakest_is_taken(
+def test_of_two_ends_that_remove_as_much_the_one_that_recovers_more_is_taken(
     monkeypatch: pytest.MonkeyPatch, dictionary: Dictionary
 ) -> None:
-    for slope, strength in ((1.9 * LEAST_GAIN, 0.5), (2.1 * LEAST_GAIN, 2.0)):  # a step is .5
+    every, only = {("blend", p) for p in (FIRST, SECOND, THIRD)}, {("blend", FIRST)}
+    for lead, found in ((0.9 * CLOSE, every), (1.1 * CLOSE, only)):
 
-        def value(strengths: dict, slope: float = slope) -> float:
-            return 0.3 * bool(strengths) + slope * strengths.get(("blend", FIRST), 0) - 0.1 * len(strengths)
+        def removal(strengths: dict, lead: float = lead) -> float:
+            return {frozenset(every): 1 - lead, frozenset(only): 1.0}.get(frozenset(strengths), -1.0)
 
-        assert tuned(monkeypatch, dictionary, value)[0] == {("blend", FIRST): strength}
+        def recovery(strengths: dict) -> float:
+            return 0.5 if strengths.keys() == every else 0.2
+
+        assert tuned(monkeypatch, dictionary, removal, recovery=recovery)[0].keys() == found
 
 
 def test_repels_alone_are_tuned(monkeypatch: pytest.MonkeyPatch, dictionary: Dictionary) -> None:
