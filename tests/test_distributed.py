@@ -248,7 +248,8 @@ def test_torchrun_captures_and_trains_like_one_process(tmp_path: Path) -> None:
 
     train = ["train", "--store", str(tmp_path / "store"), "--tune", str(tmp_path / "tune.jsonl")]
     train += ["--source", "weapons", "--positions", "text,double.1.img", "--features", "96", "--k", "8"]
-    train += ["--batch", "64", "--steps", "300", "--repel", "0", "--texts", str(tmp_path / "texts.jsonl")]
+    train += ["--batch", "64", "--steps", "300", "--blend", "1", "--repel", "0"]
+    train += ["--texts", str(tmp_path / "texts.jsonl")]
 
     def into(name: str) -> list[str]:
         out = tmp_path / name

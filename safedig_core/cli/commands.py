@@ -246,7 +246,7 @@ def run_evaluate(o: argparse.Namespace, progress: Progress) -> dict:
     prompts = read_evaluation(o.prompts) if o.prompts else None
     if not (is_full_size(o.model) or o.evaluators):
         from ..pocket.model import load_pocket
-        from ..pocket.study import evaluate_dictionary
+        from ..pocket.study import ablations_for, evaluate_dictionary
 
         return evaluate_dictionary(
             load_pocket(o.model),
@@ -256,7 +256,10 @@ def run_evaluate(o: argparse.Namespace, progress: Progress) -> dict:
             images_per_prompt=o.images_per_prompt,
             out=o.out,
             progress=progress,
+            controls=ablations_for(dictionary) if o.ablations else (),
         )
+    if o.ablations:
+        raise ValueError("--ablations are measured on a pocket model, by its own judge")
     panel, domains = panel_of(o.evaluators), list(dictionary.card.domains)
     pairs = sets_of(o.model, domains, WHOLE).evaluate if prompts is None else prompts
     results = evaluate_on(

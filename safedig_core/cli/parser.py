@@ -259,6 +259,8 @@ def parser() -> argparse.ArgumentParser:
     judged(sub)
     sub.add_argument("--dictionary", type=Path, required=True)
     sub.add_argument("--adapter", type=Path, nargs="*", default=[])
+    text = "also each group of positions alone and left out, no gate, and the paper's form; of a pocket model"
+    sub.add_argument("--ablations", action="store_true", help=text)
     sub.add_argument("--out", type=Path, default=Path("out/evaluate"))
 
     sub = command("bench", run_bench, "what steering, loading and capture cost, as ratios of one run")

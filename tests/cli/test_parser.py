@@ -44,7 +44,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def tuned(prompts: dict[str, str]) -> list[str]:
-    return ["--tune", prompts["tune"], "--texts", prompts["texts"]]
+    """With one strength of each operator: what is left to tune is soon measured."""
+    return ["--tune", prompts["tune"], "--texts", prompts["texts"], "--blend", "0.5", "--repel", "0.25"]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -127,15 +128,17 @@ def test_route_evaluate_inspect_and_check(
     assert {r["position"] for r in routes["routes"]} == {"text", "double.1.img"}
     dictionary = ["--dictionary", str(chain / "w.safetensors"), "--adapter", str(chain / "s.safetensors")]
     evaluate = ["evaluate", *dictionary, "--prompts", prompts["evaluate"], "--out", str(tmp_path / "out")]
-    assert main([*evaluate, "--json", str(tmp_path / "evaluate.json")]) == 0
+    assert main([*evaluate, "--ablations", "--json", str(tmp_path / "evaluate.json")]) == 0
     results = json.loads((tmp_path / "evaluate.json").read_text())
     assert results["rows"][0]["method"] == "none"
-    assert "safedig-residual" in [row["method"] for row in results["rows"]]
+    assert {"safedig-residual", "gate-off", "safedig-paper"} <= {row["method"] for row in results["rows"]}
     assert all(row["n_images"] == 15 for row in results["rows"])
     page = (tmp_path / "out" / "report.html").read_text()
     assert "safedig-residual" in page
     assert 'src="http' not in page  # self-contained
     capsys.readouterr()
+    assert main([*evaluate, "--ablations", "--model", "diffusers:nowhere"]) != 0
+    assert "--ablations are measured on a pocket model" in capsys.readouterr().err
     for command in ("inspect", "check"):
         for name in ("w.safetensors", "s.safetensors"):
             assert main([command, str(chain / name), "--json", str(tmp_path / "card.json")]) == 0
