@@ -243,6 +243,8 @@ def parse_object(text: str, what: str) -> dict[str, Any]:
         value = loads(text, object_pairs_hook=pairs, parse_float=number, parse_constant=number)
     except json.JSONDecodeError as error:
         raise ValueError(f"{what} is not JSON ({error.msg}, at {error.pos})") from error
+    except RecursionError as error:
+        raise ValueError(f"{what} is nested too deeply") from error
     need(type(value) is dict, f"{what} is not an object")
     return value
 
