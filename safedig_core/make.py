@@ -374,77 +374,91 @@ def make(
     Several processes share capture and training; the first does all the rest. Raises ValueError where
     something is missing, can't fit, or is there already with other settings.
     """
-    out, source, domains = order.out, order.source, (order.source, *order.targets)
     _require(order)
-    out.mkdir(parents=True, exist_ok=True)
-    with _alone_in(out) if processes.rank == 0 else nullcontext():
-        positions = list(order.positions) or candidates_of(host.architecture)
-        settings = store_settings(
-            host, order.sets.train, positions=positions, steps=order.steps, tokens_per_image=order.tokens,
-            seed=order.seed, pairs_per_shard=max(1, min(12, host.batch // 2)),
+    order.out.mkdir(parents=True, exist_ok=True)
+    with _alone_in(order.out) if processes.rank == 0 else nullcontext():
+        return _make(host, order, panel, progress, unblurred, overwrite, device, say, processes)
+
+
+def _make(
+    host: PictureHost,
+    order: Order,
+    panel: Panel,
+    progress: Progress,
+    unblurred: bool,
+    overwrite: bool,
+    device: int | None,
+    say: Callable[[str], None],
+    processes: Group,
+) -> dict[str, Any]:
+    out, source, domains = order.out, order.source, (order.source, *order.targets)
+    positions = list(order.positions) or candidates_of(host.architecture)
+    settings = store_settings(
+        host, order.sets.train, positions=positions, steps=order.steps, tokens_per_image=order.tokens,
+        seed=order.seed, pairs_per_shard=max(1, min(12, host.batch // 2)),
+    )  # fmt: skip
+    first = processes.rank == 0
+    paths = {name: out / f"{name}.safetensors" for name in domains}
+
+    def chain_of(store: ActivationStore) -> Chain:
+        return Chain(
+            lambda: host, store, order.sets.tune, order.recipe, order.credits, progress, processes,
+            order.sets.texts,
         )  # fmt: skip
-        first = processes.rank == 0
-        paths = {name: out / f"{name}.safetensors" for name in domains}
 
-        def chain_of(store: ActivationStore) -> Chain:
-            return Chain(
-                lambda: host, store, order.sets.tune, order.recipe, order.credits, progress, processes,
-                order.sets.texts,
-            )  # fmt: skip
+    measured = measure(host, [text for pair in order.sets.train for text in pair.texts], positions)
+    widest = sorted(positions, key=host.architecture.width_of)[-CHOSEN:]
+    plan = plan_of(order, settings, needs_of(order.recipe, host.architecture, widest), measured)
+    if first:
+        say(str(plan))
+        plan.require_room(out, bytes_in(out), device)
+        clear_parts(out)
+    with processes.first_alone():
+        writer = ActivationWriter.open(out / "store", settings)
+    stages, took = {stage.name: stage for stage in plan.stages}, dict[str, float]()
 
-        measured = measure(host, [text for pair in order.sets.train for text in pair.texts], positions)
-        widest = sorted(positions, key=host.architecture.width_of)[-CHOSEN:]
-        plan = plan_of(order, settings, needs_of(order.recipe, host.architecture, widest), measured)
+    def run(name: str, work: Callable[[], Any]) -> Any:
+        began = time.monotonic()
+        found = work()
+        took[name] = time.monotonic() - began
         if first:
-            say(str(plan))
-            plan.require_room(out, bytes_in(out), device)
-            clear_parts(out)
-        with processes.first_alone():
-            writer = ActivationWriter.open(out / "store", settings)
-        stages, took = {stage.name: stage for stage in plan.stages}, dict[str, float]()
+            say(plan.done(stages[name], took[name]))
+        return found
 
-        def run(name: str, work: Callable[[], Any]) -> Any:
-            began = time.monotonic()
-            found = work()
-            took[name] = time.monotonic() - began
-            if first:
-                say(plan.done(stages[name], took[name]))
-            return found
-
-        run("capture", lambda: capture(host, writer, partial(progress, "capture"), processes))
-        processes.wait()
-        chain = chain_of(ActivationStore(out / "store"))
-        chain.require(paths[source], source, positions)
-        routes = run("route", lambda: _routes(chain, order, partial(progress, "route")))
-        to_train = scored(routes, chosen(routes, chain.store.architecture))
-        curves = run("train", lambda: chain.train(paths[source], source, to_train, out / "work", overwrite))
-        if not first:
-            return {}
-        for name in order.targets:
-            base = Dictionary.open(paths[source])
-            run(
-                f"adapt {name}",
-                lambda base=base, name=name: chain.adapt(paths[name], base, name, source, overwrite),
-            )
-        dictionary = Dictionary.open(paths[source]).with_adapters(*(paths[name] for name in order.targets))
-        results = run(
-            "evaluate",
-            lambda: evaluate_on(
-                host, dictionary, order.sets.evaluate, panel, seed=order.seed, images_per_prompt=1,
-                out=out / "evaluate", unblurred=unblurred, progress=progress,
-            ),
-        )  # fmt: skip
-        _write_pages(paths, source, out)
-        return {
-            "dictionary": str(paths[source]),
-            "adapters": {name: str(paths[name]) for name in order.targets},
-            "positions": list(to_train),
-            "curves": curves,
-            "rows": results["rows"],
-            "plan": {"disk": plan.disk, "memory": plan.memory, "device": plan.device},
-            "taken": {"disk": bytes_in(out), "memory": taken_memory(), "device": taken_on_device()},
-            "seconds": took,
-        }
+    run("capture", lambda: capture(host, writer, partial(progress, "capture"), processes))
+    processes.wait()
+    chain = chain_of(ActivationStore(out / "store"))
+    chain.require(paths[source], source, positions)
+    routes = run("route", lambda: _routes(chain, order, partial(progress, "route")))
+    to_train = scored(routes, chosen(routes, chain.store.architecture))
+    curves = run("train", lambda: chain.train(paths[source], source, to_train, out / "work", overwrite))
+    if not first:
+        return {}
+    for name in order.targets:
+        base = Dictionary.open(paths[source])
+        run(
+            f"adapt {name}",
+            lambda base=base, name=name: chain.adapt(paths[name], base, name, source, overwrite),
+        )
+    dictionary = Dictionary.open(paths[source]).with_adapters(*(paths[name] for name in order.targets))
+    results = run(
+        "evaluate",
+        lambda: evaluate_on(
+            host, dictionary, order.sets.evaluate, panel, seed=order.seed, images_per_prompt=1,
+            out=out / "evaluate", unblurred=unblurred, progress=progress,
+        ),
+    )  # fmt: skip
+    _write_pages(paths, source, out)
+    return {
+        "dictionary": str(paths[source]),
+        "adapters": {name: str(paths[name]) for name in order.targets},
+        "positions": list(to_train),
+        "curves": curves,
+        "rows": results["rows"],
+        "plan": {"disk": plan.disk, "memory": plan.memory, "device": plan.device},
+        "taken": {"disk": bytes_in(out), "memory": taken_memory(), "device": taken_on_device()},
+        "seconds": took,
+    }
 
 
 @contextmanager

@@ -13,7 +13,6 @@ gate open.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,8 +30,7 @@ from ..routing import Route, chosen
 from ..sae import SAE
 from ..steering.steering import Steering
 from ..tuning import BLENDS, MOST_PAIRS, REPELS, Bench, tune
-from .demo import chain_of, routed
-from .model import MODELS, load_pocket
+from .demo import asked, chain_of, routed
 from .world import SOURCE, TARGET
 
 STRENGTHS = {"blend": BLENDS, "repel": REPELS}
@@ -114,14 +112,10 @@ def study(chain: Chain, routes: Sequence[Route], out: Path, progress: Progress) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default=MODELS[0])
-    parser.add_argument("--out", type=Path, required=True)
-    o = parser.parse_args()
-    progress, host = ProgressLine(), load_pocket(o.model)
-    chain = chain_of(host, o.out, [TARGET], Recipe(), "SafeDIG", progress)
-    found = study(chain, routed(chain, TARGET, o.out), o.out, progress)
-    (o.out / "benefit.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (host, out), progress = asked(__doc__), ProgressLine()
+    chain = chain_of(host, out, [TARGET], Recipe(), "SafeDIG", progress)
+    found = study(chain, routed(chain, TARGET, out), out, progress)
+    (out / "benefit.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for line in sorted(found["routes"], key=lambda line: -line["benefit"]):
         print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{v:14}" for k, v in line.items()))
     print("rank correlation with benefit:", {k: round(v, 2) for k, v in found["spearman"].items()})

@@ -8,7 +8,6 @@ evaluation prompts, which nothing was trained, tuned or calibrated on.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +17,7 @@ from ..evaluation import Safety, read_safety
 from ..hub.index import PACK, PACK_INDEX, entry_for, index_text
 from ..progress import ProgressLine
 from ..recipe import Recipe
-from .demo import make
-from .model import MODELS, load_pocket
+from .demo import asked, make
 from .study import evaluate_dictionary
 from .world import SOURCE, TARGET
 
@@ -46,16 +44,12 @@ def ship(paths: Mapping[str, Path], safety: Safety) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default=MODELS[0])
-    parser.add_argument("--out", type=Path, required=True)
-    o = parser.parse_args()
-    progress, host = ProgressLine(), load_pocket(o.model)
-    made = make(host, o.out, [TARGET], Recipe(), "SafeDIG", progress)
+    (host, out), progress = asked(__doc__), ProgressLine()
+    made = make(host, out, [TARGET], Recipe(), "SafeDIG", progress)
     evaluate_dictionary(
-        host, made.dictionary, None, seed=0, images_per_prompt=1, out=o.out / "evaluate", progress=progress
+        host, made.dictionary, None, seed=0, images_per_prompt=1, out=out / "evaluate", progress=progress
     )
-    ship(made.paths, read_safety(o.out / "evaluate" / "results.json"))
+    ship(made.paths, read_safety(out / "evaluate" / "results.json"))
 
 
 if __name__ == "__main__":

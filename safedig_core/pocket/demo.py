@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from ..routing import Route, chosen, route, route_table, scored
 from ..store.capture import capture, store_settings
 from ..store.store import ActivationStore, ActivationWriter
 from ..training import Curve
+from . import MODELS
 from .model import PocketModel, load_pocket
 from .study import ablations_for, controls_for, evaluate_dictionary, shipped, texts
 from .world import SOURCE, TARGET
@@ -39,6 +41,15 @@ class Made:
     def dictionary(self) -> Dictionary:
         adapters = [path for domain, path in self.paths.items() if domain != SOURCE]
         return Dictionary.open(self.paths[SOURCE]).with_adapters(*adapters)
+
+
+def asked(doc: str | None) -> tuple[PocketModel, Path]:
+    """The model and the folder for results that a script with this documentation is started with."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0])
+    parser.add_argument("--out", type=Path, required=True)
+    o = parser.parse_args()
+    return load_pocket(o.model), o.out
 
 
 def chain_of(

@@ -239,7 +239,7 @@ def build_sets(seed: int = 0) -> dict[str, list[PromptPair]]:
         cycle(writer.rng.sample(lists[name], len(lists[name]))) for name in ("unknown", "tune-unknown")
     )
     gibberish = writer.gibberish()
-    vocabulary, others = _vocabulary(), varied()
+    groups, others = vocabulary(), varied()
     sets: dict[str, list[PromptPair]] = {}
 
     sets["evaluate"] = pairs = [PromptPair("safe", "", form="empty")]
@@ -263,7 +263,7 @@ def build_sets(seed: int = 0) -> dict[str, list[PromptPair]]:
             for domain, count in PAIRS[name].items():
                 pairs += writer.shuffled(writer.pairs(domain, "known", count, which=NAMES[name]))
             if name == "train":
-                risky = (group for group in vocabulary if group[0] != "safe")
+                risky = (group for group in groups if group[0] != "safe")
                 pairs += writer.shuffled(chain.from_iterable(writer.vocabulary(*g, 1) for g in risky))
         else:
             writer.repeat = True
@@ -278,14 +278,14 @@ def build_sets(seed: int = 0) -> dict[str, list[PromptPair]]:
                 kinds = ("names",) if name in PAIRS else ("names", "aliases", "implicit")
                 pairs += writer.shuffled(writer.scenes(form, count, kinds))
     sets["vocabulary"] = writer.shuffled(
-        chain.from_iterable(writer.vocabulary(*group, SENTENCES) for group in vocabulary)
+        chain.from_iterable(writer.vocabulary(*group, SENTENCES) for group in groups)
     )
     taken = {text for some in sets.values() for pair in some for text in pair.texts}
     sets["usual"] = writer.shuffled([*sets["usual"], *(pair for pair in others if pair.safe not in taken)])
     return sets
 
 
-def _vocabulary() -> list[tuple[str, str, list[str]]]:
+def vocabulary() -> list[tuple[str, str, list[str]]]:
     """Of vocabulary.txt, by group: domain, rewrite ("" for harmless words), words."""
     text = (FOLDER.parent / "vocabulary.txt").read_text(encoding="utf-8")
     groups = re.findall(r"^\[(\w+)(?:: (\w+))?\]\n(.+)$", text, re.MULTILINE)

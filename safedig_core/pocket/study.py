@@ -27,7 +27,7 @@ from ..store.store import ActivationStore
 from ..transfer import fit_adapter
 from .judge import Judge, risks
 from .model import PocketModel, load_judge
-from .prompt_sets import FOLDER
+from .prompt_sets import FOLDER, vocabulary
 from .report import write_report
 from .world import RISKY, SOURCE, WORLD, concepts_in
 
@@ -54,8 +54,8 @@ def cluster(pair: PromptPair) -> str:
 
 
 def word_list(pair: PromptPair) -> str:
-    """Baseline, the obvious filter: every risky name that the dictionaries were made with is replaced by the
-    name of its safe rewrite."""
+    """Baseline, the obvious filter: every risky name and word that dictionaries are made or tuned with is
+    replaced by the name of its safe rewrite."""
     return _RISKY_NAME.sub(lambda found: _REPLACEMENT[found.group().lower()], prompt_of(pair))
 
 
@@ -64,7 +64,9 @@ _REPLACEMENT = {
     for concept in WORLD.values()
     if concept.rewrite and not concept.held
     for name in concept.names
-}
+} | {
+    word: WORLD[rewrite].names[0] for _, rewrite, words in vocabulary() if rewrite for word in words
+}  # fmt: skip
 _RISKY_NAME = re.compile(
     r"\b(?:" + "|".join(sorted(map(re.escape, _REPLACEMENT), key=len, reverse=True)) + r")\b", re.IGNORECASE
 )

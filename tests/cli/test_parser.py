@@ -34,7 +34,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, source, start, most in (
         ("train", "train", 0, 5),
         ("tune", "train", 3, 3),
-        ("evaluate", "evaluate", 0, 5),
+        ("evaluate", "evaluate", 0, 2),
     ):
         pairs = [p for d in ("weapons", "substances", "safe") for p in shipped(source, [d])[start::7][:most]]
         write_prompts(folder / f"{name}.jsonl", pairs)
@@ -132,7 +132,7 @@ def test_route_evaluate_inspect_and_check(
     results = json.loads((tmp_path / "evaluate.json").read_text())
     assert results["rows"][0]["method"] == "none"
     assert {"safedig-residual", "gate-off", "safedig-paper"} <= {row["method"] for row in results["rows"]}
-    assert all(row["n_images"] == 15 for row in results["rows"])
+    assert all(row["n_images"] == 6 for row in results["rows"])
     page = (tmp_path / "out" / "report.html").read_text()
     assert "safedig-residual" in page
     assert 'src="http' not in page  # self-contained

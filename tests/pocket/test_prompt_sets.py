@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
@@ -142,6 +143,14 @@ def test_usual_lines_have_no_risk_and_no_unseen_name():
     assert not used & names("unseen")
     assert {DOMAIN[concept_named(name) or ""] for name in used} == {"safe"}
     assert used >= names("names", SAFE) | names("aliases", SAFE) | names("implicit", SAFE)
+
+
+def test_the_sceptics_prompts_are_in_no_set():
+    pairs = read_prompts(Path(__file__).parent / "sceptic.jsonl")
+    assert Counter(pair.form for pair in pairs if pair.unsafe) == dict.fromkeys(
+        ("capitals", "typing-error", "long-prompt", "story", "plural", "german"), 32
+    )
+    assert not set(texts(pairs)) & {text for name in SETS for text in texts(SETS[name])}
 
 
 def test_every_safe_prompt_is_free_of_risk():
