@@ -108,6 +108,7 @@ class CaptureActivations(io.ComfyNode):
         from ..safedig_core.positions import Position
         from ..safedig_core.store.capture import store_settings
         from .bridge.chain import capture_into, host_of, names_in
+        from .bridge.messages import without_paths
         from .bridge.workspace import Progress, run_folder, size
 
         given = {name: values[0] for name, values in lists.items()}
@@ -127,7 +128,6 @@ class CaptureActivations(io.ComfyNode):
         captured, estimate = capture_into(run_folder(given["name"]), host, settings, Progress())
         store = captured.store
         taken = sum(file.stat().st_size for file in store.folder.glob("shard-*"))
-        report = (
-            f"{len(store.prompts)} lines at {len(store.positions)} positions, {size(taken)}\n{store.folder}"
-        )
+        captured_what = f"{len(store.prompts)} lines at {len(store.positions)} positions, {size(taken)}"
+        report = f"{captured_what}\n{without_paths(store.folder)}"
         return io.NodeOutput(captured, report, ui=ui.PreviewText(f"{estimate}\n{report}"))

@@ -37,8 +37,9 @@ class SaveDictionary(io.ComfyNode):
 
         from ..safedig_core.dictionary.dictionary import Dictionary
         from .bridge.chain import save
+        from .bridge.messages import without_paths
 
         first, *adapters = save(Path(folder_paths.models_dir) / FOLDER, name, dictionary, overwrite)
-        text = "\n".join(str(path) for path in (first, *adapters))
+        text = "\n".join(without_paths(path) for path in (first, *adapters))
         saved = Dictionary.open(first).with_adapters(*adapters)
         return io.NodeOutput(saved, ui=ui.PreviewText(text))

@@ -20,8 +20,8 @@ class Recipe:
     repel: float = 1.0
     window: tuple[float, float] = (1.0, 0.5)  # of image tokens: later changes leave speckle
     most_features: int = 512  # that act, at each position
-    most_telling: int = 256  # that the gate reads, at each witness
-    penalty: float = 1e-3  # of the read-out's weights, for features of unit deviation
+    most_telling: int = 1024  # that the gate reads, at each witness
+    penalty: float = 1e-2  # of the read-out's weights, for features of unit deviation
     replay_weight: float = 0.2
     stability: float = 0.01
     false_positive_rate: float = 0.01

@@ -114,10 +114,11 @@ def fit_adapter(
             yield safe, safe, 1.0
         if reading is not None:
             steps = len(store.settings.steps)  # a prompt's tokens are the same at all of them
+            count = len(store.indices(domain)) + sum(name == domain for name in reading.domains)
+            harmless = [a for a, name in zip(reading.safe, reading.domains, strict=True) if name == SAFE]
             for unsafe, safe in reading.pairs_of(domain):
                 yield unsafe, safe, float(steps)
-            for name, safe in zip(reading.domains, reading.safe, strict=True):
-                if name == SAFE:
-                    yield safe.float(), safe.float(), 1.0
+            for safe in harmless:  # however many there are, together they count as much as all pairs
+                yield safe.float(), safe.float(), steps * count / len(harmless)
 
     return adapt_decoder(sae, pairs, most=recipe.most_features, stability=recipe.stability)

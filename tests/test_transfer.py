@@ -155,6 +155,7 @@ def test_an_adapter_is_fitted_to_its_pairs_with_replay_and_safe_prompts(
     prompts = [*lines("weapons", 3), *lines("shock", 2), PromptPair("safe", "a cat")]
     store = captured(host, tmp_path / "store", prompts, [position])
     texts = [*lines("weapons", 2, 50), *lines("shock", 1, 50), PromptPair("safe", "a tree there")]
+    texts.append(PromptPair("safe", "a lake there"))
     reading = read(host, texts)["text"] if position == "text" else None
     sae = random_sae(24, store.architecture.width_of(position), threshold=0.2)
     given: list[tuple[Tensor, Tensor, float]] = []
@@ -176,7 +177,8 @@ def test_an_adapter_is_fitted_to_its_pairs_with_replay_and_safe_prompts(
         if reading is not None:
             for unsafe, rewritten in reading.pairs_of("weapons"):
                 yield unsafe, rewritten, 2.0  # as often as a captured prompt's, at two steps
-            yield reading.safe[3].float(), reading.safe[3].float(), 1.0
+            for safe in reading.safe[3:]:
+                yield safe.float(), safe.float(), 2.0 * (3 + 2) / 2  # together as much as all pairs
 
     wanted = list(expected())
     assert [weight for *_, weight in given] == [weight for *_, weight in wanted]

@@ -4,7 +4,8 @@
     tune        for strengths and gates, with names and words that nothing else here has: as in use
     evaluate    nothing is trained, tuned or calibrated on it
     usual       harmless lines that only a text encoder reads
-    vocabulary  the same of the risky words and descriptions of vocabulary.txt, and of harmless descriptions
+    vocabulary  the same of vocabulary.txt: risky words and descriptions, harmless descriptions, harmless
+                things whose names have a risky word in them ("root beer"), and things of all kinds
 
 No scene of evaluate is in train, tune or usual, and none of train in tune. What evaluate alone has, by `form`
 (phrasings, aliases, unseen names, descriptions, concepts, and words and sentences, from sentences.txt), tells
@@ -25,6 +26,7 @@ from random import Random
 
 from ..prompt_pairs import safe_prompts
 from ..prompts import PromptPair, write_prompts
+from ..steering.gate import NEAR
 from .world import (
     HELD_OUT,
     HELD_OUT_PHRASINGS,
@@ -44,7 +46,7 @@ FOLDER = Path(__file__).parent / "prompts"
 LONGEST = 200  # characters of a usual line
 COUNTS = {1: 0.07, 2: 0.75, 3: 0.18}  # things in a risky scene
 VOCABULARY = {1: 0.3, 2: 0.5, 3: 0.2}
-SENTENCES = 5  # that only a text encoder reads, for each word of vocabulary.txt
+SENTENCES, SENTENCES_OF_THINGS = 5, 2  # that only a text encoder reads, for each word of vocabulary.txt
 UP_TO_TWO = {1: 0.5, 2: 0.5}
 TRIES = 1000  # for one new prompt
 
@@ -65,7 +67,7 @@ SAFE_FORMS = {  # purely safe lines by set and form; the first three sets have t
     "train": {"known": 60, "single": 28, "bare": 28, "three": 28, "near-risk": 28, "unknown-words": 16,
               "sentence": 16},
     "tune": {"known": 50, "single": 36, "bare": 36, "three": 36, "near-risk": 48, "unknown-words": 100,
-             "sentence": 60, "varied": 60},
+             "sentence": 60, "varied": 60, "things": 120},
     "evaluate": {"known": 24, "phrasing": 24, "single": 24, "bare": 24, "three": 24, "near-risk": 30,
                  "unknown-words": 24, "sentence": 24},
     "usual": {"known": 850, "single": 400, "bare": 250, "three": 350, "near-risk": 550, "unknown-words": 900,
@@ -177,10 +179,10 @@ class _Writer:
                     break
             self._texts.update(texts)
             self._scenes.update(() if self.repeat else (scene for scene in scenes if len(scene) > 1))
-            if domain == "safe":
-                yield PromptPair("safe", texts[0], form="description")
-            else:
+            if domain in RISKY:
                 yield PromptPair(domain, texts[1], texts[0], tuple(others), "vocabulary")
+            else:
+                yield PromptPair("safe", texts[0], form="description" if domain == "safe" else domain)
 
     def scenes(self, form: str, count: int, kinds: Sequence[str]) -> Iterator[PromptPair]:
         """Purely safe. Plain concepts take turns to be in the scene, or those near each domain."""
@@ -263,7 +265,7 @@ def build_sets(seed: int = 0) -> dict[str, list[PromptPair]]:
             for domain, count in PAIRS[name].items():
                 pairs += writer.shuffled(writer.pairs(domain, "known", count, which=NAMES[name]))
             if name == "train":
-                risky = (group for group in groups if group[0] != "safe")
+                risky = (group for group in groups if group[0] in RISKY)
                 pairs += writer.shuffled(chain.from_iterable(writer.vocabulary(*g, 1) for g in risky))
         else:
             writer.repeat = True
@@ -274,11 +276,18 @@ def build_sets(seed: int = 0) -> dict[str, list[PromptPair]]:
                 pairs += [next(others) for _ in range(count)]
             elif form == "unknown-words":
                 pairs += writer.unknown(count, own_words if name == "tune" else words, gibberish)
+            elif form == "things":
+                named = lists["tune-things"][:count]
+                for thing, pair in zip(named, writer.vocabulary(form, "", named, 1), strict=True):
+                    pairs.append(replace(pair, form=NEAR + form) if thing in lists["near-things"] else pair)
             else:
                 kinds = ("names",) if name in PAIRS else ("names", "aliases", "implicit")
                 pairs += writer.shuffled(writer.scenes(form, count, kinds))
     sets["vocabulary"] = writer.shuffled(
-        chain.from_iterable(writer.vocabulary(*group, SENTENCES) for group in groups)
+        chain.from_iterable(
+            writer.vocabulary(*group, SENTENCES_OF_THINGS if group[0] == "things" else SENTENCES)
+            for group in groups
+        )
     )
     taken = {text for some in sets.values() for pair in some for text in pair.texts}
     sets["usual"] = writer.shuffled([*sets["usual"], *(pair for pair in others if pair.safe not in taken)])
@@ -286,7 +295,7 @@ def build_sets(seed: int = 0) -> dict[str, list[PromptPair]]:
 
 
 def vocabulary() -> list[tuple[str, str, list[str]]]:
-    """Of vocabulary.txt, by group: domain, rewrite ("" for harmless words), words."""
+    """Of vocabulary.txt, by group: domain or kind, rewrite ("" for harmless words), words."""
     text = (FOLDER.parent / "vocabulary.txt").read_text(encoding="utf-8")
     groups = re.findall(r"^\[(\w+)(?:: (\w+))?\]\n(.+)$", text, re.MULTILINE)
     return [(domain, rewrite, words.split("|")) for domain, rewrite, words in groups]

@@ -21,10 +21,10 @@ from ..prompts import PromptPair
 from ..seeds import CALIBRATION
 from .site import Site, Windows, compile_site
 
-LENIENCE = 2  # times the false-positive rate that any single form of safe prompts may reach
+LENIENCE = 3  # times the false-positive rate that any single form of safe prompts may reach
 LEAST_SCALE = 1e-3  # of a witness, of the largest score: where safe images are all alike
-NEAR_RISK = "near-risk"  # the form of safe prompts that resemble the risk
-NEAR_LENIENCE = 2  # times as much as other forms
+NEAR = "near-"  # begins the forms of safe prompts that resemble a risk
+NEAR_LENIENCE = 10  # the same of those forms
 
 
 def scores_of(site: Site, z: Tensor, position: str) -> Tensor:
@@ -154,20 +154,24 @@ def calibrated_gate(
     prompts, and of unsafe ones [M, P], at each of the P witnesses.
 
     A witness's offset is the safe images' median, and its scale what lies between that and their
-    (1 - false_positive_rate) quantile: each witness counts the same. (Weights learned from these prompts go
-    to `text`, which knows their words, and leave out the image tokens, which also know what they see under
-    another name.) The threshold is the highest of: the (1 - false_positive_rate) quantile over all safe
-    images, and for each form the quantile at LENIENCE times that rate; where unsafe images leave room (their
-    5 % quantile lies higher still), it is raised by a quarter of the way.
+    (1 - false_positive_rate) quantile, so that each counts the same; but those at image tokens, which all
+    see the same picture, together count as one. (Weights learned from these prompts go to `text`, which
+    knows their words, and leave out the image tokens, which also know what they see under another name.)
+
+    The threshold is the highest of: the (1 - false_positive_rate) quantile over all safe images, and for each
+    form the quantile at LENIENCE times that rate, or NEAR_LENIENCE times where it resembles a risk; where
+    unsafe images leave room (their 5 % quantile lies higher still), it is raised by a quarter of the way.
     """
     offset = safe.median(0).values
     reach = torch.cat([safe, unsafe]).amax(0) - offset
     scale = torch.maximum(safe.quantile(1 - false_positive_rate, dim=0) - offset, LEAST_SCALE * reach)
     scale = torch.where(scale > 0, scale, 1.0)  # nothing was ever seen there
+    at_image = torch.tensor([position.endswith("img") for position in witnesses])
+    scale = torch.where(at_image, at_image.sum() * scale, scale)
     quiet, loud = (((side - offset) / scale).clamp(min=0).sum(1) for side in (safe, unsafe))
     limits = [quiet.quantile(1 - false_positive_rate)]
     for form in sorted(set(forms)):
-        lenience = LENIENCE * (NEAR_LENIENCE if form == NEAR_RISK else 1)
+        lenience = NEAR_LENIENCE if form.startswith(NEAR) else LENIENCE
         mine = quiet[[f == form for f in forms]]
         limits.append(mine.quantile(max(0.5, 1 - lenience * false_positive_rate)))
     limit = torch.stack(limits).amax()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from safedig_core.pocket.prompt_sets import EVALUATE, FOLDER, NAMES, PAIRS, SAFE_FORMS, build_sets
+from safedig_core.pocket.prompt_sets import EVALUATE, FOLDER, NAMES, PAIRS, SAFE_FORMS, build_sets, vocabulary
 from safedig_core.pocket.world import (
     DOMAIN,
     HELD_OUT_PHRASINGS,
@@ -83,8 +83,12 @@ def test_sizes():
     for name, counts in PAIRS.items():
         assert Counter(pair.domain for of, pair in PAIRS_OF if of == name) == counts
     for name, forms in SAFE_FORMS.items():
-        extra = {"varied": 1909} if name == "usual" else {"empty": 1}
-        assert Counter(pair.form for pair in SETS[name] if not pair.unsafe) == forms | extra
+        extra = {"varied": 1910} if name == "usual" else {"empty": 1}
+        found = Counter(pair.form for pair in SETS[name] if not pair.unsafe)
+        if name == "tune":
+            assert found["near-things"] >= 30 and found["things"] >= 60
+            found["things"] += found.pop("near-things")
+        assert found == forms | extra
     assert len(SETS["usual"]) >= 5000 and max(map(len, texts(SETS["usual"]))) <= 200
     assert {pair.domain for pair in SETS["usual"]} == {"safe"}
     near = Counter(WORLD[c].near for pair in SETS["tune"] if pair.form == "near-risk"
@@ -154,8 +158,17 @@ def test_the_sceptics_prompts_are_in_no_set():
 
 
 def test_every_safe_prompt_is_free_of_risk():
-    for pairs in SETS.values():
-        assert all(DOMAIN[c] == "safe" for pair in pairs for c in concepts_in(pair.safe))
+    """But for names that have a risky word in them ("root beer")."""
+    pairs = [pair for some in SETS.values() for pair in some if pair.form != "figurative"]
+    assert all(DOMAIN[c] == "safe" for pair in pairs for c in concepts_in(pair.safe))
+
+
+def test_the_sceptics_figures_of_speech_are_new():
+    learned = [words for kind, _, words in vocabulary() if kind == "figurative"]
+    assert len(learned) == 1 and len(learned[0]) >= 250
+    sceptic = read_prompts(Path(__file__).parent / "sceptic.jsonl")
+    idioms = [pair.safe.lower() for pair in sceptic if pair.form == "idiom"]
+    assert idioms and not any(phrase.lower() in idiom for idiom in idioms for phrase in learned[0])
 
 
 def test_all_phrasings_are_used():

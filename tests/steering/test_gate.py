@@ -17,8 +17,8 @@ from safedig_core.dictionary.dictionary import Action, Card, Dictionary, Gate, W
 from safedig_core.prompts import PromptPair
 from safedig_core.steering.gate import (
     LENIENCE,
+    NEAR,
     NEAR_LENIENCE,
-    NEAR_RISK,
     calibrate,
     calibrated_gate,
     evidence_of,
@@ -169,7 +169,7 @@ def test_what_the_card_says_of_each_form_is_so(
     seed: int, rate: float, risk: float, sizes: tuple, shifts: tuple
 ) -> None:
     """On the very images that it was calibrated on; and no form opens more often than its lenience allows."""
-    names = ["name", NEAR_RISK, "scene"]
+    names = ["name", NEAR + "risk", "scene"]
     forms = [name for name, size in zip(names, sizes, strict=True) for _ in range(size)]
     safe = torch.cat(
         [drawn([s] * 3, n, seed + i) for i, (n, s) in enumerate(zip(sizes, shifts, strict=True))]
@@ -185,7 +185,7 @@ def test_what_the_card_says_of_each_form_is_so(
         count, of = gate.forms[name]
         assert of == size
         assert abs(count - int((found[mine] > gate.threshold).sum())) <= int(near[mine].sum())
-        lenience = LENIENCE * (NEAR_LENIENCE if name == NEAR_RISK else 1)
+        lenience = LENIENCE * (NEAR_LENIENCE if name == NEAR + "risk" else 1)
         assert count / size <= min(0.5, lenience * rate) + 1 / size
 
 
@@ -199,7 +199,7 @@ def test_a_form_that_looks_risky_raises_the_threshold_and_near_risk_less() -> No
         safe, forms = torch.cat([drawn([0, 0, 0], 1960, 0), loud]), ["other"] * 1960 + [form] * 40
         return made(safe, drawn([4, 4, 4], 200, 1), rate, forms).threshold
 
-    assert threshold("other") < threshold(NEAR_RISK) < threshold("name")
+    assert threshold("other") < threshold(NEAR + "risk") < threshold("name")
 
 
 def test_each_witness_counts_in_units_of_what_safe_images_reach() -> None:
@@ -211,7 +211,21 @@ def test_each_witness_counts_in_units_of_what_safe_images_reach() -> None:
         assert (witness.features, witness.weights) == (bare.features, bare.weights)
         assert witness.window == (0.8, 0.4)
         assert witness.offset == pytest.approx(safe[:, p].median().item())
-        assert witness.offset + witness.scale == pytest.approx(safe[:, p].quantile(0.99).item())
+        reached = safe[:, p].quantile(0.99).item() - witness.offset
+        assert witness.scale == pytest.approx(len(POSITIONS) * reached)  # all are of image tokens
+
+
+def test_witnesses_at_image_tokens_together_count_as_one() -> None:
+    """They see the same picture: more of them are no more evidence than one."""
+    told = BARE["single.0.img"]
+    places = ["text", "pooled", *POSITIONS]
+    safe = torch.cat([drawn([0, 0, 0], 500, 0), drawn([0, 0, 0], 500, 1)], 1)[:, :5]
+    gate = calibrated_gate(
+        dict.fromkeys(places, told), safe, ["other"] * 500, safe[:50] + 5, false_positive_rate=0.01
+    )
+    reached = (safe.quantile(0.99, dim=0) - safe.median(0).values).tolist()
+    scales = [gate.witnesses[place].scale / reach for place, reach in zip(places, reached, strict=True)]
+    assert scales == pytest.approx([1, 1, 3, 3, 3], rel=1e-4)
 
 
 def test_one_sure_witness_opens_the_gate_though_no_calibration_prompt_needed_it() -> None:
