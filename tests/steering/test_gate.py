@@ -185,7 +185,7 @@ def test_what_the_card_says_of_each_form_is_so(
         count, of = gate.forms[name]
         assert of == size
         assert abs(count - int((found[mine] > gate.threshold).sum())) <= int(near[mine].sum())
-        lenience = LENIENCE * (NEAR_LENIENCE if name == NEAR + "risk" else 1)
+        lenience = NEAR_LENIENCE if name.startswith(NEAR) else LENIENCE
         assert count / size <= min(0.5, lenience * rate) + 1 / size
 
 
