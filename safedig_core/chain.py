@@ -42,6 +42,7 @@ from .hosts.taps import ReplaceTap
 from .positions import Architecture
 from .progress import Progress, nothing
 from .prompts import SAFE, PromptPair, fingerprint
+from .reading import POSITIONS as READ_AT
 from .reading import Reading, read
 from .recipe import Credits, Recipe
 from .routing import Scores
@@ -232,7 +233,7 @@ class Chain:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         s, store = self.recipe.train, self.store
         pairs = [pair for name in (source, SAFE) for pair in split(store.indices(name))[0]]
-        reading = self._reading.get(position)
+        reading = self._reading_at(position)
         tokens = None if reading is None else torch.cat([*reading.safe, *reading.unsafe_of(source)])
 
         def batches(epoch: int) -> Iterator[Tensor]:
@@ -287,14 +288,18 @@ class Chain:
 
     def adapter(self, position: str, sae: SAE, domain: str, source: str) -> tuple[Tensor, Tensor]:
         """The features that act for `domain`, and the change of their decoder rows (fit_adapter)."""
-        reading = self._reading.get(position)
+        reading = self._reading_at(position)
         return fit_adapter(self.store, position, sae, domain, source, self.recipe, reading)
 
     def _witness(self, position: str, sae: SAE, domain: str) -> Witness:
         """What tells `domain` at a position, before it is calibrated."""
-        reading = self._reading.get(position)
+        reading = self._reading_at(position)
         features, weights = read_out(self.store, position, sae, domain, self.recipe, reading)
         return Witness(features, weights, 0.0, 1.0, self.recipe.window_at(position))
+
+    def _reading_at(self, position: str) -> Reading | None:
+        """None where a text encoder's pass says nothing: then it isn't run for that."""
+        return self._reading.get(position) if position in READ_AT else None
 
     @cached_property
     def _reading(self) -> dict[str, Reading]:

@@ -150,6 +150,15 @@ def test_texts_are_read_where_the_text_encoder_is_enough(
     assert not torch.equal(rows(one, "text"), rows(other, "text"))
 
 
+def test_texts_are_not_read_for_image_tokens_alone(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chain_module, "read", lambda *_: pytest.fail("texts were read"))
+    chain = replace(chain, texts=TEXTS)
+    chain.train(tmp_path / "w.safetensors", "weapons", {"double.1.img": {}}, tmp_path / "work")
+    assert adapt(chain, tmp_path).exists()
+
+
 def test_the_first_of_several_processes_writes(chain: Chain, tmp_path: Path) -> None:
     """The others neither load the model nor write: here the second of two, whose sums are its own."""
 
